@@ -1,0 +1,1 @@
+"""Pure functions from orders to orders, one a file."""
