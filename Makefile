@@ -1,0 +1,57 @@
+# make test    make the virtual environment, build in place, run the tests
+# make train   train a small language model over two pipeline ranks (about two minutes)
+# make lint    ruff, mypy, clang-format
+# make cuda-check   compile the CUDA build against torch 2.14 and run the tutorial with it on the CPU
+SHELL := /bin/bash
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+# torch's CPU build on the disk is for Python 3.11.
+SYSTEM_PYTHON ?= $(shell command -v python3.11 || command -v python3)
+MAX_JOBS ?= 2
+TRAIN_FLAGS ?=
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+export MAX_JOBS
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Each rank is one process a core; more threads only fight each other.
+export OMP_NUM_THREADS := 1
+
+.PHONY: all venv build test train lint format cuda-check clean
+all: build
+
+venv: $(VENV)/made
+
+# The stamp is written last, so that an interrupted install is begun again.
+# The .pth file makes the checkout importable: no second, slower build through pip.
+$(VENV)/made: requirements-dev.txt
+	$(SYSTEM_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --requirement requirements-dev.txt
+	$(PYTHON) -c "import pathlib, sysconfig; pathlib.Path(sysconfig.get_paths()['purelib'], 'pp_runtime_checkout.pth').write_text('$(CURDIR)\n')"
+	touch $@
+
+build: $(VENV)/made
+	$(PYTHON) setup.py --quiet build_ext --inplace
+
+test: build
+	$(PYTHON) -m pytest $(TEST_FLAGS)
+
+train: build
+	$(PYTHON) -m torch.distributed.run --standalone --nproc_per_node 2 examples/train_lm.py --output runs/train $(TRAIN_FLAGS)
+
+lint: $(VENV)/made
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(if $(strip $(CXX_FILES)),$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES))
+
+format: $(VENV)/made
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(if $(strip $(CXX_FILES)),$(VENV)/bin/clang-format -i $(CXX_FILES))
+
+cuda-check:
+	.ci/cuda-check
+
+clean:
+	rm -rf build pp_runtime/*.so pp_runtime/_build_info.py
