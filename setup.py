@@ -33,7 +33,9 @@ def toolkit_folder() -> Path | None:
             return Path(os.environ[name])
     try:
         # nvcc may be a wrapper that stands far from its toolkit, so its own path tells nothing.
-        said = subprocess.run(["nvcc", "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False)
+        said = subprocess.run(
+            ["nvcc", "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False
+        )
         tops = [line.removeprefix("#$ TOP=") for line in said.stderr.splitlines() if line.startswith("#$ TOP=")]
         if tops:
             return Path(tops[0]).resolve()
@@ -85,13 +87,18 @@ def wheel_includes() -> list[str]:
 def extension() -> Any:
     """`pp_runtime._C`, with warnings as errors in our files and none in torch's headers."""
     warnings = ["-Wall", "-Wextra", "-Werror"]
-    flags = ["-std=c++20", "-O3", "-g1", "-fvisibility=hidden", f"-DPP_RUNTIME_CUDA={int(CUDA)}"]
+    # CFLAGS come before these on the command line, so what they say of -O and -g would be overruled.
+    ours = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O3", "-g1"]
+    flags = ["-std=c++20", f"-DPP_RUNTIME_CUDA={int(CUDA)}"]
     extension_class = CUDAExtension if CUDA else CppExtension
     made = extension_class(f"{PACKAGE}._C", sources(), language="c++")
     systems = list(made.include_dirs) + (wheel_includes() if CUDA else []) + [sysconfig.get_paths()["include"]]
     made.include_dirs = [str(ROOT / "csrc")]
     system_flags = [f"-isystem{folder}" for folder in systems]
-    made.extra_compile_args = {"cxx": [*flags, *warnings, *system_flags], "nvcc": [*flags[:2], flags[-1], *system_flags]}
+    made.extra_compile_args = {
+        "cxx": [*flags, *ours, "-fvisibility=hidden", *warnings, *system_flags],
+        "nvcc": [*flags, *system_flags],
+    }
     made.depends = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))]
     return made
 
@@ -102,7 +109,10 @@ class Build(BuildExtension):
     def run(self) -> None:
         super().run()
         folder = ROOT / PACKAGE if self.inplace else Path(self.build_lib) / PACKAGE
-        text = f'"""Written by setup.py: what the extension was built for."""\n\nTORCH_VERSION = "{torch.__version__}"\nCUDA = {CUDA}\n'
+        text = (
+            '"""Written by setup.py: what the extension was built for."""\n\n'
+            f'TORCH_VERSION = "{torch.__version__}"\nCUDA = {CUDA}\n'
+        )
         target = folder / "_build_info.py"
         if not target.exists() or target.read_text() != text:
             target.write_text(text)
