@@ -71,3 +71,7 @@ class InvalidOrderError(ValueError):
 
 class OrderFileError(InvalidOrderError):
     """A file of actions that cannot be read; the message names row, column and action."""
+
+
+class PipelineModeError(PipelineUsageError, RuntimeError):
+    """A call that is right in itself, at the wrong time or in the wrong mode."""
