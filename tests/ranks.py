@@ -56,6 +56,7 @@ def run(
     """
     from torch.distributed import TCPStore
 
+    __tracebackhide__ = True
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     call = pickle.dumps((fn, kwargs))
     with tempfile.TemporaryDirectory(prefix="pp-ranks-") as folder:
@@ -152,6 +153,7 @@ def _dismiss(members: list[_Member], deaths: Collection[int]) -> None:
 
 
 def _results(members: list[_Member], deaths: Collection[int], timeout: float) -> list[Any]:
+    __tracebackhide__ = True  # the ranks' own tracebacks say more
     failed = [member for member in members if member.problem and member.rank not in deaths]
     if failed:
         failed.sort(key=lambda member: not member.finished)  # who raised before who only waited

@@ -2,8 +2,10 @@
 
 import contextlib
 import importlib
-import os
 
-for _name in ("pytest", "torch.distributed", os.environ.get("PP_TEST_WARM", ""), "tests.pipelines"):
+from tests import api
+
+# torch._dynamo: the first optimizer imports it. pytest: the main module that multiprocessing sets up in each rank.
+for _name in ("pytest", "torch.distributed", "torch._dynamo", f"{api.PACKAGE}.schedules", "tests.pipelines"):
     with contextlib.suppress(Exception):  # a missing part is the test's to report, not the server's
         importlib.import_module(_name)
