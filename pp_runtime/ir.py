@@ -81,8 +81,6 @@ class Action(NamedTuple):
             return f"{stage}{kind._value_}"
         return f"{stage}{kind._value_}{microbatch}"
 
-    __str__ = __repr__
-
     @property
     def is_compute_op(self) -> bool:
         """Whether it runs part of the model, alone or with others."""
