@@ -1,0 +1,44 @@
+"""AdamW over the stages of one rank, a learning rate that warms up and falls, and clipping across all ranks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def make_adamw(modules: list[nn.Module], rate: float, decay: float) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only."""
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": decay},
+        {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=rate, betas=(0.9, 0.95))
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linear warm-up to the peak, then half a cosine down to a tenth of it."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+@torch.no_grad()
+def clip_across_stages(modules: list[nn.Module], limit: float, device: torch.device) -> float:
+    """Scale all ranks' gradients so that their common norm is at most `limit`; the norm before is returned.
+
+    Each rank knows only its own stages' gradients, so the squares are summed over the process group.
+    """
+    gradients = [p.grad for module in modules for p in module.parameters() if p.grad is not None]
+    squares = torch.zeros((), device=device)
+    for gradient in gradients:
+        squares += gradient.float().square().sum()
+    dist.all_reduce(squares)
+    norm = squares.sqrt().item()
+    if norm > limit:
+        torch._foreach_mul_(gradients, limit / norm)
+    return norm
