@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ATen/ops/add.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -7,6 +8,9 @@
 #include <utility>
 
 namespace pp_runtime {
+
+/// How torch owns its nodes.
+using NodePointer = decltype(torch::autograd::Edge::function);
 
 /// The gradient function of a tensor that came in from another stage: it collects the gradient that goes back.
 ///
@@ -16,7 +20,7 @@ namespace pp_runtime {
 struct ReceiveNode : torch::autograd::Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override {
     if (!gradients.empty() && gradients[0].defined()) {
-      gradient_ = gradient_.defined() ? gradient_ + gradients[0] : std::move(gradients[0]);
+      gradient_ = gradient_.defined() ? at::add(gradient_, gradients[0]) : std::move(gradients[0]);
     }
     return {};
   }

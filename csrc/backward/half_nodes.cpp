@@ -1,0 +1,158 @@
+#include "half_nodes.h"
+
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/graph_task.h>
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "weight_products.h"
+
+namespace pp_runtime {
+
+using torch::autograd::Edge;
+using torch::autograd::edge_list;
+using torch::autograd::Node;
+using torch::autograd::variable_list;
+
+namespace {
+
+variable_list run_tensor_hooks(Node& node, variable_list gradients) {
+  for (const auto& hook : node.tensor_pre_hooks()) {
+    gradients = (*hook)(gradients);
+  }
+  for (const auto& [output, hook] : node.retains_grad_hooks()) {
+    gradients = (*hook)(gradients);
+  }
+  return gradients;
+}
+
+}  // namespace
+
+SplitNode::SplitNode(NodePtr whole, const WeightProduct& product, edge_list input_edges, edge_list weight_edges)
+    : HalfNode(whole->sequence_nr(), edge_list(input_edges)),
+      whole_(std::move(whole)),
+      product_(product),
+      weight_edges_(std::move(weight_edges)) {
+  for (size_t i = 0; i < whole_->num_inputs(); ++i) {
+    input_metadata_.emplace_back(whole_->input_metadata(i));
+  }
+  // A node computes what its valid next edges ask for.
+  whole_->next_edges() = std::move(input_edges);
+}
+
+variable_list SplitNode::apply(variable_list&& gradients) {
+  if (in_weight_half_) {
+    return (*whole_)(std::move(gradients_));
+  }
+  // The engine runs this node's hooks, and it has none: the whole node's run here, once, and W sees what they made.
+  variable_list final_gradients = run_tensor_hooks(*whole_, std::move(gradients));
+  for (const auto& hook : whole_->pre_hooks()) {
+    final_gradients = (*hook)(final_gradients);
+  }
+  product_.keep_unpacked(*whole_);
+  gradients_ = final_gradients;
+  return (*whole_)(std::move(final_gradients));
+}
+
+void SplitNode::release_variables() {
+  // The engine calls this after each half; only after W is nothing needed any more.
+  if (in_weight_half_) {
+    gradients_.clear();
+    whole_->release_variables();
+  }
+}
+
+std::string SplitNode::name() const {
+  return whole_->name();
+}
+
+void SplitNode::begin_weight_half() {
+  in_weight_half_ = true;
+  product_.release_input_half(*whole_, weight_edges_);
+  whole_->next_edges() = weight_edges_;
+  next_edges() = std::move(weight_edges_);
+}
+
+bool SplitNode::has_hooks() const {
+  return !whole_->tensor_pre_hooks().empty() || !whole_->pre_hooks().empty();
+}
+
+KeepNode::KeepNode(uint64_t sequence_nr, edge_list weight_edges)
+    : HalfNode(sequence_nr), weight_edges_(std::move(weight_edges)) {
+  for (const Edge& edge : weight_edges_) {
+    input_metadata_.emplace_back(edge.function->input_metadata(edge.input_nr));
+  }
+}
+
+variable_list KeepNode::apply(variable_list&& gradients) {
+  if (in_weight_half_) {
+    return std::move(gradients_);
+  }
+  gradients_ = std::move(gradients);
+  return {};
+}
+
+void KeepNode::begin_weight_half() {
+  in_weight_half_ = true;
+  gradients_.resize(weight_edges_.size());
+  next_edges() = std::move(weight_edges_);
+}
+
+std::string KeepNode::name() const {
+  return "pp_runtime::KeepNode";
+}
+
+CaptureNode::CaptureNode(NodePtr captured)
+    : Node(captured->sequence_nr()), captured_(std::move(captured)), gradients_(captured_->num_inputs()) {
+  for (size_t i = 0; i < captured_->num_inputs(); ++i) {
+    input_metadata_.emplace_back(captured_->input_metadata(i));
+  }
+}
+
+variable_list CaptureNode::apply(variable_list&& gradients) {
+  gradients_ = run_tensor_hooks(*captured_, std::move(gradients));
+  return {};
+}
+
+std::string CaptureNode::name() const {
+  return "pp_runtime::CaptureNode";
+}
+
+at::Tensor CaptureNode::gradient(size_t input_nr) const {
+  return gradients_.at(input_nr);
+}
+
+StartNode::StartNode(Roots roots, std::vector<Node*> replaced)
+    : Node(std::numeric_limits<uint64_t>::max(), std::move(roots.edges)),
+      gradients_(std::move(roots.grads)),
+      replaced_(std::move(replaced)) {
+  // Metadata of a device gradient carries the stream that made it, which its reader then waits for.
+  const auto on_device = std::find_if(gradients_.begin(), gradients_.end(),
+                                      [](const at::Tensor& gradient) { return gradient.defined() && !gradient.is_cpu(); });
+  static const at::Tensor kNothing = at::zeros({});
+  add_input_metadata(on_device == gradients_.end() ? kNothing : *on_device);
+}
+
+variable_list StartNode::apply(variable_list&&) {
+  if (!replaced_.empty()) {
+    const auto* nodes = torch::autograd::get_current_graph_task_nodes_in_graph();
+    const_cast<std::unordered_set<Node*>*>(nodes)->insert(replaced_.begin(), replaced_.end());
+  }
+  return std::move(gradients_);
+}
+
+std::string StartNode::name() const {
+  return "pp_runtime::StartNode";
+}
+
+void StartNode::execute(Roots roots, bool keep_graph, std::vector<Node*> replaced) {
+  const auto start = c10::make_intrusive<StartNode>(std::move(roots), std::move(replaced));
+  variable_list input{start->input_metadata(0).zeros_like()};
+  torch::autograd::Engine::get_default_engine().execute({Edge(start, 0)}, input, keep_graph,
+                                                        /*create_graph=*/false, /*accumulate_grad=*/true);
+}
+
+}  // namespace pp_runtime

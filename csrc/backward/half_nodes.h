@@ -1,0 +1,109 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "graph.h"
+
+namespace pp_runtime {
+
+struct WeightProduct;
+
+/// A node that takes part in I and again in W, where it is a root. Owned by the graph during I, by the WeightHalf after.
+///
+/// In both halves it stands at the place of the node it halves (same sequence number), so the engine sums gradients in the
+/// order of a full backward. Everything runs on the engine's threads but `begin_weight_half`, which runs between the calls.
+class HalfNode : public torch::autograd::Node {
+ public:
+  using Node::Node;
+  /// Turns from I to W: next edges become the weight-side ones, and what only I needed is let go.
+  virtual void begin_weight_half() = 0;
+};
+
+/// Runs a node of which each half is a product of its own (matrix products, convolutions) twice: for the input side
+/// in I, for the weight side in W. It replaces the node in the graph, because the engine would release the node after I.
+///
+///        parent                      parent                      W's start
+///          |                            |                            |
+///        Addmm        I:  SplitNode(Addmm -> x)        W:  SplitNode(Addmm -> w)
+///        /    \                  |                                       |
+///       x      w                 x                                       w
+class SplitNode final : public HalfNode {
+ public:
+  SplitNode(NodePtr whole, const WeightProduct& product, torch::autograd::edge_list input_edges,
+            torch::autograd::edge_list weight_edges);
+
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override;
+  void release_variables() override;
+  std::string name() const override;
+  void begin_weight_half() override;
+
+  bool has_hooks() const;
+  Node* whole() const {
+    return whole_.get();
+  }
+
+ private:
+  const NodePtr whole_;
+  const WeightProduct& product_;
+  torch::autograd::edge_list weight_edges_;
+  torch::autograd::variable_list gradients_;
+  bool in_weight_half_ = false;
+};
+
+/// Keeps the weight-side gradients of a node that runs whole in I, and hands them on in W.
+///
+///        parent                      parent              W's start
+///          |                            |                    |
+///      LayerNorm          I:       LayerNorm       W:    KeepNode
+///        /    \                     /    \                   |
+///       x      w                   x   KeepNode              w
+class KeepNode final : public HalfNode {
+ public:
+  KeepNode(uint64_t sequence_nr, torch::autograd::edge_list weight_edges);
+
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override;
+  void begin_weight_half() override;
+  std::string name() const override;
+
+ private:
+  torch::autograd::edge_list weight_edges_;
+  torch::autograd::variable_list gradients_;
+  bool in_weight_half_ = false;
+};
+
+/// Catches the gradients in front of an input's node, so that nothing behind the input runs; the tensor's own hooks do.
+class CaptureNode final : public torch::autograd::Node {
+ public:
+  explicit CaptureNode(NodePtr captured);
+
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override;
+  std::string name() const override;
+
+  at::Tensor gradient(size_t input_nr) const;
+
+ private:
+  const NodePtr captured_;
+  torch::autograd::variable_list gradients_;
+};
+
+/// The one root of an engine call: hands every real root its gradient, an undefined one to a HalfNode in W.
+class StartNode final : public torch::autograd::Node {
+ public:
+  /// `replaced` are nodes with hooks that SplitNodes run: they are announced to the running graph task, because
+  /// torch.autograd.graph.register_multi_grad_hook asks it which of its nodes will run.
+  explicit StartNode(Roots roots, std::vector<Node*> replaced = {});
+
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& unused) override;
+  std::string name() const override;
+
+  /// Runs the engine from here, once.
+  static void execute(Roots roots, bool keep_graph, std::vector<Node*> replaced = {});
+
+ private:
+  torch::autograd::variable_list gradients_;
+  std::vector<Node*> replaced_;
+};
+
+}  // namespace pp_runtime

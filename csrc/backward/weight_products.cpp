@@ -1,0 +1,103 @@
+#include "weight_products.h"
+
+#include <ATen/SavedTensorHooks.h>
+#include <torch/csrc/autograd/generated/Functions.h>
+
+#include <typeindex>
+#include <typeinfo>
+#include <unordered_map>
+
+namespace pp_runtime {
+
+namespace generated = torch::autograd::generated;
+using torch::autograd::edge_list;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+
+namespace {
+
+void keep_unpacked(SavedVariable& saved, Node& node) {
+  if (!saved.has_hooks()) {
+    return;
+  }
+  const at::Tensor unpacked = saved.unpack(node.getptr());
+  // Saving anew would pack the tensor again where the caller's thread has default hooks on.
+  const at::impl::SavedTensorDefaultHooksTLS hooks = at::SavedTensorDefaultHooks::get_tls_state();
+  at::SavedTensorDefaultHooks::set_tls_state({});
+  saved = SavedVariable(unpacked.defined() ? unpacked.detach() : unpacked, /*is_output=*/false);
+  at::SavedTensorDefaultHooks::set_tls_state(hooks);
+}
+
+bool is_valid(const edge_list& edges, size_t index) {
+  return index < edges.size() && edges[index].is_valid();
+}
+
+/// A product of two factors: the gradient of one reads only the other.
+template <class T, size_t kFirst, size_t kSecond, SavedVariable T::* first, SavedVariable T::* second>
+constexpr WeightProduct product_of_factors() {
+  return {
+      [](size_t output) { return output == kFirst || output == kSecond; },
+      [](Node& node) {
+        keep_unpacked(static_cast<T&>(node).*first, node);
+        keep_unpacked(static_cast<T&>(node).*second, node);
+      },
+      [](Node& node, const edge_list& weight_edges) {
+        if (!is_valid(weight_edges, kFirst)) {
+          static_cast<T&>(node).*second = SavedVariable();
+        }
+        if (!is_valid(weight_edges, kSecond)) {
+          static_cast<T&>(node).*first = SavedVariable();
+        }
+      },
+  };
+}
+
+/// A layer whose backward takes input and weight together with a mask of what to compute.
+template <class T>
+constexpr WeightProduct layer() {
+  return {
+      [](size_t output) { return output <= 1; },
+      [](Node& node) {
+        keep_unpacked(static_cast<T&>(node).input_, node);
+        keep_unpacked(static_cast<T&>(node).weight_, node);
+      },
+      [](Node&, const edge_list&) {},
+  };
+}
+
+using generated::AddbmmBackward0;
+using generated::AddmmBackward0;
+using generated::BaddbmmBackward0;
+using generated::BmmBackward0;
+using generated::MmBackward0;
+
+constexpr WeightProduct kMm = product_of_factors<MmBackward0, 0, 1, &MmBackward0::self_, &MmBackward0::mat2_>();
+constexpr WeightProduct kBmm = product_of_factors<BmmBackward0, 0, 1, &BmmBackward0::self_, &BmmBackward0::mat2_>();
+constexpr WeightProduct kAddmm =
+    product_of_factors<AddmmBackward0, 1, 2, &AddmmBackward0::mat1_, &AddmmBackward0::mat2_>();
+constexpr WeightProduct kBaddbmm =
+    product_of_factors<BaddbmmBackward0, 1, 2, &BaddbmmBackward0::batch1_, &BaddbmmBackward0::batch2_>();
+constexpr WeightProduct kAddbmm =
+    product_of_factors<AddbmmBackward0, 1, 2, &AddbmmBackward0::batch1_, &AddbmmBackward0::batch2_>();
+constexpr WeightProduct kConvolution = layer<generated::ConvolutionBackward0>();
+constexpr WeightProduct kConvolutionOverrideable = layer<generated::ConvolutionOverrideableBackward0>();
+constexpr WeightProduct kLinear = layer<generated::LinearBackward0>();
+
+}  // namespace
+
+const WeightProduct* weight_product_of(const Node& node) {
+  static const std::unordered_map<std::type_index, const WeightProduct*> kProducts{
+      {typeid(MmBackward0), &kMm},
+      {typeid(BmmBackward0), &kBmm},
+      {typeid(AddmmBackward0), &kAddmm},
+      {typeid(BaddbmmBackward0), &kBaddbmm},
+      {typeid(AddbmmBackward0), &kAddbmm},
+      {typeid(generated::ConvolutionBackward0), &kConvolution},
+      {typeid(generated::ConvolutionOverrideableBackward0), &kConvolutionOverrideable},
+      {typeid(generated::LinearBackward0), &kLinear},
+  };
+  const auto found = kProducts.find(typeid(node));
+  return found == kProducts.end() ? nullptr : found->second;
+}
+
+}  // namespace pp_runtime

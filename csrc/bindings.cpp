@@ -1,0 +1,242 @@
+#include "backward/bindings_backward.h"
+#include "executor.h"
+#include "transport/shared_memory.h"
+#include "watch.h"
+
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <pybind11/stl.h>
+
+namespace py = pybind11;
+
+namespace pp_runtime {
+
+namespace {
+
+void bind_watch(py::module_& m) {
+  py::register_exception<PeerFailed>(m, "PeerFailed", PyExc_RuntimeError);
+  py::register_exception<PeerLost>(m, "PeerLost", PyExc_RuntimeError);
+  py::register_exception<WaitedTooLong>(m, "WaitedTooLong", PyExc_RuntimeError);
+  py::register_local_exception_translator([](std::exception_ptr pointer) {
+    try {
+      std::rethrow_exception(pointer);
+    } catch (python_error& error) {
+      error.restore();
+    } catch (const Interrupted&) {
+      // The Python error is set already.
+    } catch (const c10::Error&) {
+      torch::translate_exception_to_python(pointer);
+    }
+  });
+  py::class_<Watch, std::shared_ptr<Watch>>(m, "Watch")
+      .def(
+          py::init<c10::intrusive_ptr<c10d::Store>, std::string, double>(),
+          py::arg("store"),
+          py::arg("failure_key"),
+          py::arg("deadline_seconds"))
+      .def("failure", &Watch::failure, py::call_guard<py::gil_scoped_release>())
+      .def("publish", &Watch::publish, py::arg("record"), py::call_guard<py::gil_scoped_release>())
+      .def("set_deadline", &Watch::set_deadline, py::arg("seconds"));
+}
+
+void bind_transport(py::module_& m) {
+  py::class_<SendChannel, std::shared_ptr<SendChannel>>(m, "SendChannel");
+  py::class_<ReceiveChannel, std::shared_ptr<ReceiveChannel>>(m, "ReceiveChannel");
+  py::class_<SharedSendChannel, SendChannel, std::shared_ptr<SharedSendChannel>>(m, "SharedSendChannel")
+      .def(
+          py::init<uint32_t, std::string, std::shared_ptr<Watch>>(), py::arg("credits"), py::arg("name"), py::arg("watch"))
+      .def_property_readonly("fd", &SharedSendChannel::fd)
+      .def(
+          "connect",
+          [](SharedSendChannel& channel, int rank, int64_t pid, int64_t spin_ns) {
+            channel.connect({.rank = rank, .pid = pid}, {.value = std::chrono::nanoseconds(spin_ns)});
+          },
+          py::arg("rank"),
+          py::arg("pid"),
+          py::arg("spin_ns"));
+  py::class_<SharedReceiveChannel, ReceiveChannel, std::shared_ptr<SharedReceiveChannel>>(m, "SharedReceiveChannel")
+      .def(
+          py::init([](int rank, int64_t pid, int fd, std::string name, std::shared_ptr<Watch> watch, int64_t spin_ns) {
+            return std::make_shared<SharedReceiveChannel>(
+                Peer{.rank = rank, .pid = pid},
+                fd,
+                std::move(name),
+                std::move(watch),
+                SpinTime{.value = std::chrono::nanoseconds(spin_ns)});
+          }),
+          py::arg("rank"),
+          py::arg("pid"),
+          py::arg("fd"),
+          py::arg("name"),
+          py::arg("watch"),
+          py::arg("spin_ns"));
+  py::class_<Token>(m, "Token")
+      .def(py::init<uint64_t>(), py::arg("value"))
+      .def_property_readonly("fd", &Token::fd)
+      .def_static("matches", &Token::matches, py::arg("pid"), py::arg("fd"), py::arg("value"));
+}
+
+void bind_stage(py::module_& m) {
+  py::class_<Edge>(m, "Edge")
+      .def(
+          py::init([](int64_t source, int64_t destination, std::vector<int64_t> outputs, std::vector<int64_t> inputs) {
+            return Edge{source, destination, std::move(outputs), std::move(inputs)};
+          }),
+          py::arg("source"),
+          py::arg("destination"),
+          py::arg("outputs") = std::vector<int64_t>(),
+          py::arg("inputs") = std::vector<int64_t>());
+  py::enum_<BackwardKind>(m, "BackwardKind")
+      .value("FULL", BackwardKind::kFull)
+      .value("INPUT", BackwardKind::kInput)
+      .value("WEIGHT", BackwardKind::kWeight);
+  py::class_<StageCallbacks>(m, "StageCallbacks")
+      .def(
+          py::init([](py::object forward, py::object flatten, py::object unflatten, py::object before, py::object after, py::object dw_builder) {
+            return StageCallbacks{
+                std::move(forward), std::move(flatten), std::move(unflatten), std::move(before), std::move(after), std::move(dw_builder)};
+          }),
+          py::arg("forward"),
+          py::arg("flatten"),
+          py::arg("unflatten"),
+          py::arg("before_backward") = py::none(),
+          py::arg("after_backward") = py::none(),
+          py::arg("dw_builder") = py::none());
+  py::class_<Stage, std::shared_ptr<Stage>>(m, "Stage")
+      .def(
+          py::init<int64_t, bool, bool, StageCallbacks>(),
+          py::arg("index"),
+          py::arg("is_first"),
+          py::arg("is_last"),
+          py::arg("callbacks"))
+      .def("set_callbacks", &Stage::set_callbacks, py::arg("callbacks"))
+      .def("begin_step", &Stage::begin_step, py::arg("microbatches"), py::arg("training"), py::arg("step"))
+      .def(
+          "forward",
+          [](Stage& stage, size_t microbatch, const py::tuple& args, const py::dict& kwargs) {
+            return stage.forward(microbatch, args.ptr(), kwargs.ptr());
+          },
+          py::arg("microbatch"),
+          py::arg("args"),
+          py::arg("kwargs"))
+      .def("set_loss", &Stage::set_loss, py::arg("microbatch"), py::arg("loss"))
+      .def(
+          "backward",
+          &Stage::backward,
+          py::arg("microbatch"),
+          py::arg("kind"),
+          py::arg("last"),
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "accept_activation",
+          [](Stage& stage, size_t microbatch, const std::vector<at::Tensor>& tensors) {
+            Message message;
+            for (const at::Tensor& tensor : tensors) {
+              message.tensors.push_back(tensor.detach());
+              message.requires_grad.push_back(static_cast<uint8_t>(tensor.requires_grad()));
+            }
+            stage.accept_activation(Edge{}, microbatch, std::move(message));
+          },
+          py::arg("microbatch"),
+          py::arg("tensors"))
+      .def(
+          "input_gradients",
+          [](Stage& stage, size_t microbatch) { return stage.input_gradients(microbatch); },
+          py::arg("microbatch"))
+      .def(
+          "set_output_gradients",
+          [](Stage& stage, size_t microbatch, const std::vector<std::optional<at::Tensor>>& gradients) {
+            std::vector<at::Tensor> tensors;
+            for (const auto& gradient : gradients) {
+              tensors.push_back(gradient.value_or(at::Tensor()));
+            }
+            stage.set_output_gradients(microbatch, std::move(tensors));
+          },
+          py::arg("microbatch"),
+          py::arg("gradients"))
+      .def("clear", &Stage::clear);
+}
+
+void bind_executor(py::module_& m) {
+  py::class_<Executor>(m, "Executor")
+      .def(
+          py::init<
+              const std::vector<int32_t>&,
+              std::vector<std::shared_ptr<Stage>>,
+              std::vector<Edge>,
+              std::vector<std::shared_ptr<SendChannel>>,
+              std::vector<std::shared_ptr<ReceiveChannel>>,
+              std::vector<py::object>,
+              std::vector<std::string>,
+              size_t>(),
+          py::arg("program"),
+          py::arg("stages"),
+          py::arg("edges"),
+          py::arg("send_channels"),
+          py::arg("receive_channels"),
+          py::arg("callbacks"),
+          py::arg("callback_names"),
+          py::arg("microbatches"))
+      .def(
+          "run",
+          [](Executor& executor,
+             uint64_t step,
+             py::list args,
+             py::list kwargs,
+             py::object targets,
+             py::object loss_fn,
+             py::object loss_kwargs,
+             bool training,
+             bool keep_outputs) {
+            executor.run(
+                {std::move(args),
+                 std::move(kwargs),
+                 std::move(targets),
+                 std::move(loss_fn),
+                 std::move(loss_kwargs),
+                 training,
+                 keep_outputs},
+                step);
+          },
+          py::arg("step"),
+          py::arg("args"),
+          py::arg("kwargs"),
+          py::arg("targets"),
+          py::arg("loss_fn"),
+          py::arg("loss_kwargs"),
+          py::arg("training"),
+          py::arg("keep_outputs"))
+      .def("compute_loss", &Executor::compute_loss, py::arg("stage"), py::arg("microbatch"), py::arg("output"))
+      .def("take_outputs", &Executor::take_outputs)
+      .def("take_losses", &Executor::take_losses)
+      .def_property_readonly("position", &Executor::position)
+      .def("text_of", &Executor::text_of, py::arg("instruction"))
+      .def("stage_index_of", &Executor::stage_index_of, py::arg("instruction"))
+      .def("microbatch_of", [](const Executor& executor, size_t i) { return executor.program().at(i).microbatch; }, py::arg("instruction"))
+      .def("set_recording", &Executor::set_recording, py::arg("on"))
+      .def(
+          "take_trace",
+          [](Executor& executor) {
+            py::list records;
+            for (const TraceRecord& record : executor.take_trace()) {
+              records.append(py::make_tuple(
+                  executor.text_of(record.instruction), record.start_ns, record.end_ns, record.waited_ns));
+            }
+            return records;
+          })
+      .def("clear", &Executor::clear);
+}
+
+} // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "The C++ runtime of pp_runtime.";
+  bind_watch(m);
+  bind_transport(m);
+  bind_stage(m);
+  bind_executor(m);
+  bind_backward(m);
+}
+
+} // namespace pp_runtime

@@ -1,0 +1,281 @@
+#include "executor.h"
+
+#include <ATen/record_function.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <chrono>
+#include <stdexcept>
+#include <utility>
+
+namespace py = pybind11;
+
+namespace pp_runtime {
+
+namespace {
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+bool waits(Operation operation) {
+  return operation == Operation::kReceiveForward || operation == Operation::kReceiveBackward;
+}
+
+bool given(const py::object& object) {
+  return object && !object.is_none();
+}
+
+std::string describe(const Frame& frame) {
+  return std::string(frame.training != 0 ? "step" : "eval") + " number " + std::to_string(frame.step) + ", microbatch " +
+      std::to_string(frame.microbatch);
+}
+
+/// The output without its graph: what a user may keep.
+py::object without_graph(const py::object& output) {
+  if (THPVariable_Check(output.ptr())) {
+    return py::reinterpret_steal<py::object>(THPVariable_Wrap(THPVariable_Unpack(output.ptr()).detach()));
+  }
+  if (PyTuple_CheckExact(output.ptr()) || PyList_CheckExact(output.ptr())) {
+    py::list items;
+    for (const py::handle item : output) {
+      items.append(without_graph(py::reinterpret_borrow<py::object>(item)));
+    }
+    return PyTuple_CheckExact(output.ptr()) ? py::object(py::tuple(items)) : py::object(items);
+  }
+  if (PyDict_CheckExact(output.ptr())) {
+    py::dict items;
+    for (const auto& [key, value] : py::reinterpret_borrow<py::dict>(output)) {
+      items[key] = without_graph(py::reinterpret_borrow<py::object>(value));
+    }
+    return items;
+  }
+  return output;
+}
+
+py::list hand_over(std::vector<py::object>& objects) {
+  py::list list;
+  for (py::object& object : objects) {
+    list.append(object ? std::move(object) : py::none());
+  }
+  objects.clear();
+  return list;
+}
+
+} // namespace
+
+Executor::Executor(
+    const std::vector<int32_t>& program,
+    std::vector<std::shared_ptr<Stage>> stages,
+    std::vector<Edge> edges,
+    std::vector<std::shared_ptr<SendChannel>> send_channels,
+    std::vector<std::shared_ptr<ReceiveChannel>> receive_channels,
+    std::vector<py::object> callbacks,
+    std::vector<std::string> callback_names,
+    size_t microbatches)
+    : program_(read_program(
+          program,
+          {.stages = stages.size(),
+           .microbatches = microbatches,
+           .edges = edges.size(),
+           .send_channels = send_channels.size(),
+           .receive_channels = receive_channels.size(),
+           .callbacks = callbacks.size()})),
+      stages_(std::move(stages)),
+      edges_(std::move(edges)),
+      send_channels_(std::move(send_channels)),
+      receive_channels_(std::move(receive_channels)),
+      messages_of_channel_(receive_channels_.size()),
+      callbacks_(std::move(callbacks)),
+      callback_names_(std::move(callback_names)),
+      microbatches_(microbatches) {
+  for (const Instruction& instruction : program_) {
+    if (waits(instruction.operation)) {
+      ++messages_of_channel_[instruction.channel];
+    }
+  }
+}
+
+void Executor::run(StepInput input, uint64_t step) {
+  input_ = std::move(input);
+  step_ = step;
+  outputs_.assign(microbatches_, py::object());
+  losses_.assign(microbatches_, py::object());
+  trace_.clear();
+  position_ = -1;
+  {
+    py::gil_scoped_release no_gil;
+    const at::AutoGradMode mode(input_.training);
+    for (const auto& stage : stages_) {
+      stage->begin_step(microbatches_, input_.training, step);
+    }
+    for (size_t i = 0; i < receive_channels_.size(); ++i) {
+      receive_channels_[i]->begin_step(messages_of_channel_[i]);
+    }
+    for (size_t i = 0; i < program_.size(); ++i) {
+      position_ = static_cast<int64_t>(i);
+      at::RecordFunction range(at::RecordScope::USER_SCOPE);
+      if (range.isActive()) {
+        range.before("PP:" + text_of(i));
+      }
+      if (!recording_) {
+        execute(program_[i]);
+        continue;
+      }
+      const int64_t start = now_ns();
+      execute(program_[i]);
+      const int64_t end = now_ns();
+      trace_.push_back(
+          {.instruction = static_cast<uint32_t>(i),
+           .start_ns = start,
+           .end_ns = end,
+           .waited_ns = waits(program_[i].operation) ? end - start : 0});
+    }
+    for (const auto& channel : send_channels_) {
+      channel->finish_step();
+    }
+    for (const auto& stage : stages_) {
+      stage->clear();
+    }
+  }
+  position_ = -1;
+  input_ = StepInput();
+}
+
+Message Executor::receive(const Instruction& instruction) {
+  Message message = receive_channels_[instruction.channel]->receive();
+  const Frame expected = {
+      .step = step_, .microbatch = static_cast<uint32_t>(instruction.microbatch), .training = input_.training ? 1U : 0U};
+  if (!(message.frame == expected)) {
+    throw std::runtime_error(
+        "this rank is in " + describe(expected) + ", but the message that came is of " + describe(message.frame) +
+        ": call step() or eval() on every rank alike");
+  }
+  return message;
+}
+
+void Executor::execute(const Instruction& instruction) {
+  if (instruction.operation == Operation::kCall) {
+    py::gil_scoped_acquire gil;
+    callbacks_[instruction.callback]();
+    return;
+  }
+  Stage& stage = *stages_[instruction.stage];
+  const size_t microbatch = instruction.microbatch;
+  switch (instruction.operation) {
+    case Operation::kForward:
+      forward(stage, instruction);
+      break;
+    case Operation::kBackward:
+      stage.backward(microbatch, BackwardKind::kFull, instruction.last);
+      break;
+    case Operation::kInputBackward:
+      stage.backward(microbatch, BackwardKind::kInput, instruction.last);
+      break;
+    case Operation::kWeightBackward:
+      stage.backward(microbatch, BackwardKind::kWeight, instruction.last);
+      break;
+    case Operation::kSendForward:
+      send_channels_[instruction.channel]->send(stage.activation(edges_[instruction.edge], microbatch));
+      break;
+    case Operation::kReceiveForward:
+      stage.accept_activation(edges_[instruction.edge], microbatch, receive(instruction));
+      break;
+    case Operation::kSendBackward:
+      send_channels_[instruction.channel]->send(stage.input_gradients(edges_[instruction.edge], microbatch));
+      break;
+    case Operation::kReceiveBackward:
+      stage.accept_gradient(edges_[instruction.edge], microbatch, receive(instruction));
+      break;
+    case Operation::kHandForward:
+      stages_[instruction.channel]->accept_activation(
+          edges_[instruction.edge], microbatch, stage.activation(edges_[instruction.edge], microbatch));
+      break;
+    case Operation::kHandBackward:
+      stages_[instruction.channel]->accept_gradient(
+          edges_[instruction.edge], microbatch, stage.input_gradients(edges_[instruction.edge], microbatch));
+      break;
+    case Operation::kCall:
+    case Operation::kCount:
+      break;
+  }
+  if (instruction.releases_outputs) {
+    stage.release_outputs(microbatch);
+  }
+}
+
+void Executor::forward(Stage& stage, const Instruction& instruction) {
+  const size_t microbatch = instruction.microbatch;
+  py::gil_scoped_acquire gil;
+  PyObject* args = stage.is_first() ? PyList_GetItem(input_.args.ptr(), instruction.microbatch) : nullptr;
+  PyObject* kwargs = PyList_GetItem(input_.kwargs.ptr(), instruction.microbatch);
+  if ((stage.is_first() && args == nullptr) || kwargs == nullptr) {
+    throw py::error_already_set();
+  }
+  const py::object output = stage.forward(microbatch, args, kwargs);
+  if (stage.is_last()) {
+    compute_loss(instruction.stage, microbatch, output);
+  }
+}
+
+py::object Executor::compute_loss(int64_t slot, size_t microbatch, const py::object& output) {
+  Stage& stage = *stages_.at(slot);
+  py::object& kept = losses_.at(microbatch);
+  if (input_.keep_outputs) {
+    outputs_.at(microbatch) = without_graph(output);
+  }
+  if (!given(input_.targets) || !given(input_.loss_fn)) {
+    return py::none();
+  }
+  const py::object target = input_.targets[py::int_(microbatch)];
+  const py::object loss = given(input_.loss_kwargs) ? input_.loss_fn(output, target, **py::dict(input_.loss_kwargs))
+                                                    : input_.loss_fn(output, target);
+  if (!THPVariable_Check(loss.ptr())) {
+    throw py::type_error("loss_fn returned " + std::string(Py_TYPE(loss.ptr())->tp_name) + " for microbatch " + std::to_string(microbatch) +
+                         ": let it return a tensor");
+  }
+  const at::Tensor& tensor = THPVariable_Unpack(loss.ptr());
+  stage.set_loss(microbatch, tensor);
+  kept = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor.detach()));
+  return loss;
+}
+
+py::list Executor::take_outputs() {
+  return hand_over(outputs_);
+}
+
+py::list Executor::take_losses() {
+  return hand_over(losses_);
+}
+
+int64_t Executor::stage_index_of(size_t instruction) const {
+  const Instruction& found = program_.at(instruction);
+  return found.operation == Operation::kCall ? -1 : stages_[found.stage]->index();
+}
+
+std::string Executor::text_of(size_t instruction) const {
+  const Instruction& found = program_.at(instruction);
+  if (found.operation == Operation::kCall) {
+    return callback_names_.at(found.callback);
+  }
+  return action_text(found.operation, stages_[found.stage]->index(), found.microbatch);
+}
+
+void Executor::set_recording(bool on) {
+  recording_ = on;
+}
+
+std::vector<TraceRecord> Executor::take_trace() {
+  return std::exchange(trace_, {});
+}
+
+void Executor::clear() {
+  input_ = StepInput();
+  outputs_.clear();
+  losses_.clear();
+  for (const auto& stage : stages_) {
+    stage->clear();
+  }
+}
+
+} // namespace pp_runtime

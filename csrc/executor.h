@@ -1,0 +1,99 @@
+#pragma once
+
+#include "program.h"
+#include "stage.h"
+#include "transport/transport.h"
+
+#include <torch/csrc/utils/pybind.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace pp_runtime {
+
+/// What the user gave for one step, in microbatch order. Held by `Executor::run`'s caller for as long as it runs.
+struct StepInput {
+  pybind11::list args;
+  pybind11::list kwargs;
+  pybind11::object targets;
+  pybind11::object loss_fn;
+  pybind11::object loss_kwargs;
+  bool training = false;
+  bool keep_outputs = false;
+};
+
+/// One action as it ran. `waited` is the part spent waiting for a message or a credit.
+struct TraceRecord {
+  uint32_t instruction;
+  int64_t start_ns;
+  int64_t end_ns;
+  int64_t waited_ns;
+};
+
+/// Runs a rank's program.
+///
+/// Owns the program and the channels; shares the stages with Python. `run` is called with the GIL on the thread of `schedule.step` and gives it up at once; it is taken again for
+/// the user's own code only. When it throws, `position` tells the instruction that failed.
+class Executor {
+ public:
+  Executor(
+      const std::vector<int32_t>& program,
+      std::vector<std::shared_ptr<Stage>> stages,
+      std::vector<Edge> edges,
+      std::vector<std::shared_ptr<SendChannel>> send_channels,
+      std::vector<std::shared_ptr<ReceiveChannel>> receive_channels,
+      std::vector<pybind11::object> callbacks,
+      std::vector<std::string> callback_names,
+      size_t microbatches);
+
+  /// GIL held. The number of this step is the same on every rank: it is part of every message.
+  void run(StepInput input, uint64_t step);
+
+  /// The loss of a microbatch from the last stage's output; keeps both as `run` will return them. GIL held.
+  pybind11::object compute_loss(int64_t stage, size_t microbatch, const pybind11::object& output);
+
+  /// What `run` gathered, in microbatch order; None where a microbatch has none. Handed over: a second call gives empty lists.
+  pybind11::list take_outputs();
+  pybind11::list take_losses();
+
+  int64_t position() const {
+    return position_;
+  }
+  std::string text_of(size_t instruction) const;
+  const std::vector<Instruction>& program() const {
+    return program_;
+  }
+  int64_t stage_index_of(size_t instruction) const;
+
+  void set_recording(bool on);
+  std::vector<TraceRecord> take_trace();
+
+  /// Drops what a failed step left in the stages.
+  void clear();
+
+ private:
+  void execute(const Instruction& instruction);
+  void forward(Stage& stage, const Instruction& instruction);
+  Message receive(const Instruction& instruction);
+
+  std::vector<Instruction> program_;
+  std::vector<std::shared_ptr<Stage>> stages_;
+  std::vector<Edge> edges_;
+  std::vector<std::shared_ptr<SendChannel>> send_channels_;
+  std::vector<std::shared_ptr<ReceiveChannel>> receive_channels_;
+  std::vector<size_t> messages_of_channel_;
+  std::vector<pybind11::object> callbacks_;
+  std::vector<std::string> callback_names_;
+  size_t microbatches_;
+
+  StepInput input_;
+  uint64_t step_ = 0;
+  int64_t position_ = -1;
+  std::vector<pybind11::object> outputs_;
+  std::vector<pybind11::object> losses_;
+  bool recording_ = false;
+  std::vector<TraceRecord> trace_;
+};
+
+} // namespace pp_runtime

@@ -1,0 +1,201 @@
+#include "message.h"
+
+#include <ATen/Functions.h>
+#include <c10/util/Exception.h>
+
+#include <cstring>
+#include <sstream>
+#include <stdexcept>
+
+namespace pp_runtime {
+
+namespace {
+
+constexpr size_t kMaximumDimensions = 64;
+
+struct EncodedFrame {
+  Frame frame;
+  uint32_t tensors;
+  uint32_t structure_bytes;
+};
+
+struct EncodedTensor {
+  uint8_t defined;
+  uint8_t requires_grad;
+  uint8_t dtype;
+  uint8_t dimensions;
+};
+
+class Reader {
+ public:
+  Reader(const char* bytes, size_t size) : at_(bytes), end_(bytes + size) {}
+
+  template <typename T>
+  T take() {
+    T value;
+    std::memcpy(&value, claim(sizeof(T)), sizeof(T));
+    return value;
+  }
+
+  std::string take_text(size_t size) {
+    return {claim(size), size};
+  }
+
+ private:
+  const char* claim(size_t size) {
+    if (static_cast<size_t>(end_ - at_) < size) {
+      throw std::runtime_error("a message's description is cut short");
+    }
+    return std::exchange(at_, at_ + size);
+  }
+
+  const char* at_;
+  const char* end_;
+};
+
+template <typename T>
+void append(std::string& bytes, const T& value) {
+  bytes.append(reinterpret_cast<const char*>(&value), sizeof(T));
+}
+
+/// The bytes of a tensor of these sizes; throws where they cannot be a tensor's.
+size_t checked_bytes(const std::vector<int64_t>& sizes, at::ScalarType dtype) {
+  size_t bytes = c10::elementSize(dtype);
+  for (const int64_t size : sizes) {
+    if (size < 0 || __builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes)) {
+      throw std::runtime_error("a message's description holds an impossible tensor size");
+    }
+  }
+  return bytes;
+}
+
+void place(MessageSpec& spec) {
+  size_t offset = 0;
+  for (TensorSpec& tensor : spec.tensors) {
+    tensor.offset = offset;
+    if (tensor.defined) {
+      tensor.bytes = checked_bytes(tensor.sizes, tensor.dtype);
+      offset = align_up(offset + tensor.bytes, kPayloadAlignment);
+    }
+  }
+  spec.payload_bytes = offset;
+}
+
+} // namespace
+
+MessageSpec MessageSpec::of(const Message& message) {
+  MessageSpec spec{.frame = message.frame, .tensors = {}, .structure = message.structure};
+  spec.tensors.reserve(message.tensors.size());
+  for (size_t i = 0; i < message.tensors.size(); ++i) {
+    TensorSpec& tensor = spec.tensors.emplace_back();
+    if (!message.tensors[i].defined()) {
+      continue;
+    }
+    tensor.defined = true;
+    tensor.requires_grad = message.requires_grad[i] != 0;
+    tensor.dtype = message.tensors[i].scalar_type();
+    tensor.sizes = message.tensors[i].sizes().vec();
+  }
+  place(spec);
+  return spec;
+}
+
+std::string MessageSpec::encode() const {
+  std::string bytes;
+  append(
+      bytes,
+      EncodedFrame{
+          .frame = frame,
+          .tensors = static_cast<uint32_t>(tensors.size()),
+          .structure_bytes = static_cast<uint32_t>(structure.size())});
+  for (const TensorSpec& tensor : tensors) {
+    append(
+        bytes,
+        EncodedTensor{
+            .defined = static_cast<uint8_t>(tensor.defined),
+            .requires_grad = static_cast<uint8_t>(tensor.requires_grad),
+            .dtype = static_cast<uint8_t>(tensor.dtype),
+            .dimensions = static_cast<uint8_t>(tensor.sizes.size())});
+    for (const int64_t size : tensor.sizes) {
+      append(bytes, size);
+    }
+  }
+  return bytes + structure;
+}
+
+MessageSpec MessageSpec::decode(const char* bytes, size_t size) {
+  Reader reader(bytes, size);
+  const auto head = reader.take<EncodedFrame>();
+  if (head.tensors > size / sizeof(EncodedTensor)) {
+    throw std::runtime_error("a message's description names more tensors than it holds");
+  }
+  MessageSpec spec{.frame = head.frame, .tensors = {}, .structure = {}};
+  spec.tensors.resize(head.tensors);
+  for (TensorSpec& tensor : spec.tensors) {
+    const auto encoded = reader.take<EncodedTensor>();
+    if (encoded.dtype >= static_cast<uint8_t>(at::ScalarType::NumOptions) || encoded.dimensions > kMaximumDimensions) {
+      throw std::runtime_error("a message's description holds an unknown dtype or too many dimensions");
+    }
+    tensor.defined = encoded.defined != 0;
+    tensor.requires_grad = encoded.requires_grad != 0;
+    tensor.dtype = static_cast<at::ScalarType>(encoded.dtype);
+    tensor.sizes.resize(encoded.dimensions);
+    for (int64_t& dimension : tensor.sizes) {
+      dimension = reader.take<int64_t>();
+    }
+  }
+  spec.structure = reader.take_text(head.structure_bytes);
+  place(spec);
+  return spec;
+}
+
+bool MessageSpec::same_layout(const MessageSpec& other) const {
+  if (tensors.size() != other.tensors.size() || structure != other.structure) {
+    return false;
+  }
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const TensorSpec& ours = tensors[i];
+    const TensorSpec& theirs = other.tensors[i];
+    if (ours.defined != theirs.defined || ours.requires_grad != theirs.requires_grad || ours.dtype != theirs.dtype ||
+        ours.sizes != theirs.sizes) {
+      return false;
+    }
+  }
+  return true;
+}
+
+std::string MessageSpec::describe() const {
+  std::ostringstream text;
+  text << "(";
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    text << (i == 0 ? "" : ", ");
+    if (!tensors[i].defined) {
+      text << "None";
+      continue;
+    }
+    text << c10::toString(tensors[i].dtype) << "[";
+    for (size_t d = 0; d < tensors[i].sizes.size(); ++d) {
+      text << (d == 0 ? "" : ", ") << tensors[i].sizes[d];
+    }
+    text << "]" << (tensors[i].requires_grad ? " requiring grad" : "");
+  }
+  text << ")";
+  return text.str();
+}
+
+void pack(const Message& message, const MessageSpec& spec, char* payload) {
+  for (size_t i = 0; i < spec.tensors.size(); ++i) {
+    const TensorSpec& tensor = spec.tensors[i];
+    if (tensor.bytes == 0) {
+      continue;
+    }
+    const at::Tensor& source = message.tensors[i];
+    if (source.is_contiguous() && !source.is_conj() && !source.is_neg()) {
+      std::memcpy(payload + tensor.offset, source.const_data_ptr(), tensor.bytes);
+    } else {
+      at::from_blob(payload + tensor.offset, tensor.sizes, source.options().requires_grad(false)).copy_(source);
+    }
+  }
+}
+
+} // namespace pp_runtime

@@ -1,0 +1,66 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace pp_runtime {
+
+/// Which message of which step this is; the receiver checks it, so two ranks in different steps are told apart at once.
+struct Frame {
+  uint64_t step = 0;
+  uint32_t microbatch = 0;
+  uint32_t training = 0;
+
+  bool operator==(const Frame&) const = default;
+};
+
+/// What travels on a channel at once: the tensors of one edge for one microbatch, in the edge's order.
+/// An undefined tensor is a None (a gradient that does not exist). A tensor here never carries a graph.
+struct Message {
+  Frame frame;
+  std::vector<at::Tensor> tensors;
+  std::vector<uint8_t> requires_grad;
+  /// How the tensors are nested in the sender's output; empty for a plain tuple of tensors.
+  std::string structure;
+};
+
+/// Shape, dtype and gradient flag of one tensor of a message, and where its bytes lie in the packed message.
+struct TensorSpec {
+  bool defined = false;
+  bool requires_grad = false;
+  at::ScalarType dtype = at::kFloat;
+  std::vector<int64_t> sizes;
+  size_t offset = 0;
+  size_t bytes = 0;
+};
+
+/// A message's own description: enough to allocate its storage and to say what differs from what was expected.
+struct MessageSpec {
+  Frame frame;
+  std::vector<TensorSpec> tensors;
+  std::string structure;
+  size_t payload_bytes = 0;
+
+  static MessageSpec of(const Message& message);
+  /// Throws std::runtime_error where the bytes are not a description that `encode` could have made.
+  static MessageSpec decode(const char* bytes, size_t size);
+  std::string encode() const;
+  bool same_layout(const MessageSpec& other) const;
+  std::string describe() const;
+};
+
+/// Every tensor of a packed message begins at a multiple of this many bytes.
+constexpr size_t kPayloadAlignment = 64;
+
+constexpr size_t align_up(size_t value, size_t alignment) {
+  return (value + alignment - 1) / alignment * alignment;
+}
+
+/// Copies the tensors (of any layout, on the CPU) into `payload` at the offsets of `spec`.
+void pack(const Message& message, const MessageSpec& spec, char* payload);
+
+} // namespace pp_runtime

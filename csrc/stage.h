@@ -1,0 +1,135 @@
+#pragma once
+
+#include "backward/full_backward.h"
+#include "backward/split_backward.h"
+#include "message.h"
+#include "receive_node.h"
+
+#include <torch/csrc/utils/pybind.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace pp_runtime {
+
+/// Which outputs of one stage are which inputs of another. Empty lists: every output, in order.
+struct Edge {
+  int64_t source = 0;
+  int64_t destination = 0;
+  std::vector<int64_t> outputs;
+  std::vector<int64_t> inputs;
+};
+
+/// A Python object that may be dropped without the GIL.
+using SharedPython = std::shared_ptr<PyObject>;
+SharedPython share_python(pybind11::object object);
+
+enum class BackwardKind : uint8_t { kFull, kInput, kWeight };
+
+/// The user's Python functions of one stage. Touched with the GIL only.
+struct StageCallbacks {
+  /// (*args, **kwargs) -> output; the module, or the module in its data-parallel context.
+  pybind11::object forward;
+  /// (output) -> (tuple of tensors, structure bytes): for an output that is neither a tensor nor a tuple or list of tensors; raises where it cannot travel.
+  pybind11::object flatten;
+  /// (tensors, structure bytes) -> args
+  pybind11::object unflatten;
+  /// (last: bool) before a backward that may reduce gradients, and after it; None where the stage is not data-parallel.
+  pybind11::object before_backward;
+  pybind11::object after_backward;
+  /// () -> runner of the weight gradients, as torch's dw_builder; None where the stage has none.
+  pybind11::object dw_builder;
+};
+
+/// One stage of this rank at run time: per microbatch, what has arrived and what its backward needs.
+///
+/// Owned by the executor's Python wrapper, used by its thread. Each method says whether it wants the GIL. Everything of a microbatch is dropped as soon as nothing of
+/// the plan reads it; `clear` drops what a failed step left.
+class Stage {
+ public:
+  Stage(int64_t index, bool is_first, bool is_last, StageCallbacks callbacks);
+
+  int64_t index() const {
+    return index_;
+  }
+  bool is_first() const {
+    return is_first_;
+  }
+  bool is_last() const {
+    return is_last_;
+  }
+
+  void set_edges(std::vector<Edge> in_edges, std::vector<Edge> out_edges);
+  void set_callbacks(StageCallbacks callbacks);
+
+  /// Without the GIL, or with it.
+  void begin_step(size_t microbatches, bool training, uint64_t step);
+
+  /// Takes an activation message of an in-edge (from a channel or from a stage of the same rank). No GIL.
+  void accept_activation(const Edge& edge, size_t microbatch, Message message);
+
+  /// Runs the module. `args` is used by a first stage (or given by a custom function) and may be null elsewhere. GIL.
+  pybind11::object forward(size_t microbatch, PyObject* args, PyObject* kwargs);
+
+  /// The message of one out-edge; valid after forward. No GIL.
+  Message activation(const Edge& edge, size_t microbatch) const;
+  /// After the last send of a microbatch's outputs: drops them, keeps their gradient edges. No GIL.
+  void release_outputs(size_t microbatch);
+
+  /// The loss that this microbatch's backward begins at; takes the graph, not the tensor. No GIL.
+  void set_loss(size_t microbatch, const at::Tensor& loss);
+  /// A gradient message of an out-edge. No GIL.
+  void accept_gradient(const Edge& edge, size_t microbatch, Message message);
+
+  /// One engine call. No GIL; takes it where the stage is data-parallel or has a dw_builder.
+  void backward(size_t microbatch, BackwardKind kind, bool last);
+
+  /// The gradients that go back over one in-edge; valid after the full or the input backward, once an edge. No GIL.
+  Message input_gradients(const Edge& edge, size_t microbatch);
+
+  /// Inputs and gradients by hand, for the functions of torch's stage that clients call.
+  std::vector<at::Tensor> input_gradients(size_t microbatch);
+  void set_output_gradients(size_t microbatch, std::vector<at::Tensor> gradients);
+
+  void clear();
+
+ private:
+  struct Input {
+    at::Tensor tensor;
+    c10::intrusive_ptr<ReceiveNode> node;
+  };
+
+  struct Microbatch {
+    std::vector<Input> inputs;
+    std::string structure;
+    std::vector<at::Tensor> outputs;
+    std::vector<torch::autograd::Edge> output_edges;
+    std::string output_structure;
+    std::vector<at::Tensor> output_gradients;
+    torch::autograd::Edge loss;
+    at::Tensor loss_gradient;
+    std::unique_ptr<WeightHalf> weight_half;
+    SharedPython weight_runner;
+  };
+
+  Microbatch& at(size_t microbatch);
+  const Microbatch& at(size_t microbatch) const;
+  pybind11::object received_args(Microbatch& state);
+  void keep_outputs(Microbatch& state, const pybind11::object& output);
+  Roots take_roots(Microbatch& state);
+  void run_backward(Microbatch& state, BackwardKind kind);
+  Frame frame(size_t microbatch) const;
+
+  int64_t index_;
+  bool is_first_;
+  bool is_last_;
+  bool training_ = false;
+  uint64_t step_ = 0;
+  StageCallbacks callbacks_;
+  std::vector<Edge> in_edges_;
+  std::vector<Edge> out_edges_;
+  std::vector<Microbatch> microbatches_;
+};
+
+} // namespace pp_runtime

@@ -1,0 +1,335 @@
+#include "transport/shared_memory.h"
+
+#include <ATen/Functions.h>
+
+#include <poll.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <array>
+#include <cstring>
+#include <mutex>
+#include <stdexcept>
+#include <unordered_map>
+
+namespace pp_runtime {
+
+namespace {
+
+constexpr uint64_t kMagic = 0x70705f72756e3031ULL;
+constexpr uint32_t kRingEntries = 8192;
+constexpr uint32_t kMaximumSegments = 128;
+constexpr size_t kBlockGranule = 4096;
+
+struct Descriptor {
+  uint32_t block;
+  uint32_t segment;
+  uint64_t offset;
+  uint64_t description_bytes;
+  uint64_t total_bytes;
+};
+
+struct SegmentEntry {
+  int64_t fd;
+  uint64_t bytes;
+};
+
+} // namespace
+
+/// What both ends of a channel map.
+struct ChannelHead {
+  uint64_t magic;
+  uint32_t credits;
+  alignas(64) Doorbell messages;
+  alignas(64) Doorbell returns;
+  alignas(64) std::array<Descriptor, kRingEntries> descriptors;
+  std::array<uint32_t, kRingEntries> returned_blocks;
+  std::array<SegmentEntry, kMaximumSegments> segments;
+};
+
+namespace {
+
+int open_process(int64_t pid) {
+  return static_cast<int>(syscall(SYS_pidfd_open, pid, 0));
+}
+
+/// Whether the peer's process has ended (also one that nobody has reaped yet).
+bool has_ended(int handle) {
+  pollfd ended = {.fd = handle, .events = POLLIN, .revents = 0};
+  return handle >= 0 && poll(&ended, 1, 0) > 0;
+}
+
+[[noreturn]] void throw_lost(const Peer& peer) {
+  throw PeerLost(peer.rank, "the process of rank " + std::to_string(peer.rank) + " (pid " + std::to_string(peer.pid) + ") ended");
+}
+
+} // namespace
+
+SharedSendChannel::SharedSendChannel(uint32_t credits, std::string name, std::shared_ptr<Watch> watch)
+    : control_(Segment::create(sizeof(ChannelHead))),
+      head_(new (control_->data()) ChannelHead),
+      credits_(std::min(std::max(credits, 2U), kRingEntries / 2)),
+      name_(std::move(name)),
+      watch_(std::move(watch)) {
+  head_->credits = credits_;
+  head_->magic = kMagic;
+}
+
+SharedSendChannel::~SharedSendChannel() {
+  if (peer_handle_ >= 0) {
+    close(peer_handle_);
+  }
+}
+
+int SharedSendChannel::fd() const {
+  return control_->fd();
+}
+
+void SharedSendChannel::connect(Peer receiver, SpinTime spin) {
+  peer_ = receiver;
+  spin_ = spin;
+  peer_handle_ = open_process(receiver.pid);
+}
+
+void SharedSendChannel::collect_returns() {
+  const uint32_t returned = head_->returns.count.load(std::memory_order_acquire);
+  for (; returns_read_ != returned; ++returns_read_) {
+    const uint32_t id = head_->returned_blocks[returns_read_ % kRingEntries];
+    if (id >= blocks_.size()) {
+      throw std::runtime_error("shared memory channel " + name_ + " is corrupted: block " + std::to_string(id) + " came back");
+    }
+    // A block of an outgrown size is not used again; its pages stay until the channel goes.
+    if (blocks_[id].bytes == block_bytes_) {
+      free_.push_back(id);
+    }
+  }
+}
+
+/// Adds a segment of blocks for messages of `bytes`; false where the channel can have no more.
+bool SharedSendChannel::grow(size_t bytes) {
+  const bool larger = bytes > block_bytes_;
+  // A quarter more than asked, so that lengths that creep up do not make a segment each.
+  const size_t block_bytes = larger ? align_up(block_bytes_ == 0 ? bytes : bytes + bytes / 4, kBlockGranule) : block_bytes_;
+  const uint32_t count = larger || usable_blocks_ == 0 ? credits_ : std::max(1U, usable_blocks_ / 2);
+  if (segments_.size() == kMaximumSegments || blocks_.size() + count > kRingEntries - 1) {
+    return false;
+  }
+  // Pages that no message touches cost nothing, so all the blocks of a size are one segment.
+  segments_.push_back(Segment::create(block_bytes * count));
+  const auto index = static_cast<uint32_t>(segments_.size() - 1);
+  head_->segments[index] = {.fd = segments_.back()->fd(), .bytes = segments_.back()->bytes()};
+  if (larger) {
+    free_.clear();
+    usable_blocks_ = 0;
+    block_bytes_ = block_bytes;
+  }
+  for (uint32_t i = count; i > 0; --i) {
+    free_.push_back(static_cast<uint32_t>(blocks_.size()));
+    blocks_.push_back({.segment = index, .offset = block_bytes * (i - 1), .bytes = block_bytes});
+  }
+  usable_blocks_ += count;
+  return true;
+}
+
+uint32_t SharedSendChannel::take_block(size_t bytes) {
+  collect_returns();
+  if (bytes > block_bytes_ && !grow(bytes)) {
+    throw std::runtime_error("channel " + name_ + " has seen too many sizes of message: keep lengths to fewer, or use the c10d transport");
+  }
+  if (free_.empty()) {
+    const auto since = Watch::Clock::now();
+    bool look = false;
+    while (free_.empty()) {
+      if (look) {
+        watch_->look(since);
+        if (has_ended(peer_handle_)) {
+          throw_lost(peer_);
+        }
+        if (Watch::Clock::now() - since > kPatience && grow(block_bytes_)) {
+          break;
+        }
+      }
+      head_->returns.wait(returns_read_, look ? std::chrono::nanoseconds(0) : spin_.value, Watch::kInterval);
+      look = true;
+      collect_returns();
+    }
+  }
+  const uint32_t id = free_.back();
+  free_.pop_back();
+  return id;
+}
+
+void SharedSendChannel::send(Message message) {
+  const MessageSpec spec = MessageSpec::of(message);
+  const std::string description = spec.encode();
+  const size_t payload_at = align_up(description.size(), kPayloadAlignment);
+  const size_t total = payload_at + spec.payload_bytes;
+  const uint32_t id = take_block(total);
+  const Block& block = blocks_[id];
+  char* bytes = segments_[block.segment]->data() + block.offset;
+  std::memcpy(bytes, description.data(), description.size());
+  pack(message, spec, bytes + payload_at);
+  head_->descriptors[sent_ % kRingEntries] = {
+      .block = id,
+      .segment = block.segment,
+      .offset = block.offset,
+      .description_bytes = description.size(),
+      .total_bytes = total};
+  ++sent_;
+  head_->messages.raise();
+}
+
+/// Gives blocks back to the sender. Shared by the channel and every tensor that lies in a block, so it outlives the channel where a user keeps one.
+class BlockReturns {
+ public:
+  explicit BlockReturns(std::shared_ptr<Segment> control)
+      : control_(std::move(control)), head_(reinterpret_cast<ChannelHead*>(control_->data())) {}
+
+  void borrow() {
+    held_.fetch_add(1, std::memory_order_relaxed);
+  }
+
+  void give_back(uint32_t block) {
+    const std::lock_guard lock(mutex_);
+    head_->returned_blocks[returned_++ % kRingEntries] = block;
+    head_->returns.raise();
+    held_.fetch_sub(1, std::memory_order_relaxed);
+  }
+
+  uint32_t held() const {
+    return held_.load(std::memory_order_relaxed);
+  }
+
+ private:
+  std::shared_ptr<Segment> control_;
+  ChannelHead* head_;
+  std::mutex mutex_;
+  uint32_t returned_ = 0;
+  std::atomic<uint32_t> held_{0};
+};
+
+namespace {
+
+/// One message's hold on its block: the block goes back with the last tensor that lies in it.
+class Lease {
+ public:
+  Lease(std::shared_ptr<BlockReturns> returns, std::shared_ptr<Segment> segment, uint32_t block)
+      : returns_(std::move(returns)), segment_(std::move(segment)), block_(block) {
+    returns_->borrow();
+  }
+  Lease(const Lease&) = delete;
+  Lease& operator=(const Lease&) = delete;
+  ~Lease() {
+    returns_->give_back(block_);
+  }
+
+ private:
+  std::shared_ptr<BlockReturns> returns_;
+  std::shared_ptr<Segment> segment_;
+  uint32_t block_;
+};
+
+} // namespace
+
+SharedReceiveChannel::SharedReceiveChannel(Peer sender, int fd, std::string name, std::shared_ptr<Watch> watch, SpinTime spin)
+    : peer_(sender),
+      control_(Segment::open(sender.pid, fd, sizeof(ChannelHead))),
+      head_(reinterpret_cast<ChannelHead*>(control_->data())),
+      returns_(std::make_shared<BlockReturns>(control_)),
+      name_(std::move(name)),
+      watch_(std::move(watch)),
+      spin_(spin),
+      peer_handle_(open_process(sender.pid)) {
+  if (head_->magic != kMagic) {
+    throw std::runtime_error("the shared memory of channel " + name_ + " was not made by pp_runtime");
+  }
+}
+
+SharedReceiveChannel::~SharedReceiveChannel() {
+  if (peer_handle_ >= 0) {
+    close(peer_handle_);
+  }
+}
+
+char* SharedReceiveChannel::block(uint32_t segment, size_t offset, size_t bytes) {
+  if (segment >= kMaximumSegments) {
+    throw std::runtime_error("shared memory channel " + name_ + " is corrupted: segment " + std::to_string(segment));
+  }
+  if (segments_.size() <= segment) {
+    segments_.resize(segment + 1);
+  }
+  if (!segments_[segment]) {
+    const SegmentEntry& entry = head_->segments[segment];
+    segments_[segment] = Segment::open(peer_.pid, static_cast<int>(entry.fd), entry.bytes);
+  }
+  if (offset > segments_[segment]->bytes() || bytes > segments_[segment]->bytes() - offset) {
+    throw std::runtime_error("shared memory channel " + name_ + " is corrupted: a message lies outside its segment");
+  }
+  return segments_[segment]->data() + offset;
+}
+
+Message SharedReceiveChannel::receive() {
+  if (head_->messages.count.load(std::memory_order_acquire) == taken_) {
+    const auto since = Watch::Clock::now();
+    bool look = false;
+    while (head_->messages.count.load(std::memory_order_acquire) == taken_) {
+      if (look) {
+        watch_->look(since);
+        // Asked in this order: a peer that sent its last message and ended is no loss.
+        if (has_ended(peer_handle_) && head_->messages.count.load(std::memory_order_acquire) == taken_) {
+          throw_lost(peer_);
+        }
+      }
+      head_->messages.wait(taken_, look ? std::chrono::nanoseconds(0) : spin_.value, Watch::kInterval);
+      look = true;
+    }
+  }
+  const Descriptor descriptor = head_->descriptors[taken_++ % kRingEntries];
+  char* bytes = block(descriptor.segment, descriptor.offset, descriptor.total_bytes);
+  if (descriptor.description_bytes > descriptor.total_bytes) {
+    throw std::runtime_error("shared memory channel " + name_ + " is corrupted: a description is longer than its message");
+  }
+  MessageSpec spec = MessageSpec::decode(bytes, descriptor.description_bytes);
+  const size_t payload_at = align_up(descriptor.description_bytes, kPayloadAlignment);
+  if (payload_at + spec.payload_bytes > descriptor.total_bytes) {
+    throw std::runtime_error("shared memory channel " + name_ + " is corrupted: a message is shorter than its tensors");
+  }
+  auto lease = std::make_shared<Lease>(returns_, segments_[descriptor.segment], descriptor.block);
+  // With the last free block in use the sender would have to wait until somebody lets go of a tensor, so this message is moved out.
+  const bool move_out = returns_->held() + 1 >= head_->credits;
+  Message message{.frame = spec.frame, .tensors = {}, .requires_grad = {}, .structure = std::move(spec.structure)};
+  message.tensors.reserve(spec.tensors.size());
+  message.requires_grad.reserve(spec.tensors.size());
+  for (const TensorSpec& tensor : spec.tensors) {
+    message.requires_grad.push_back(static_cast<uint8_t>(tensor.requires_grad));
+    if (!tensor.defined) {
+      message.tensors.emplace_back();
+    } else if (tensor.bytes == 0) {
+      message.tensors.push_back(at::empty(tensor.sizes, at::TensorOptions(tensor.dtype)));
+    } else {
+      at::Tensor view = at::from_blob(
+          bytes + payload_at + tensor.offset, tensor.sizes, [lease](void*) {}, at::TensorOptions(tensor.dtype));
+      message.tensors.push_back(move_out ? view.clone() : std::move(view));
+    }
+  }
+  return message;
+}
+
+Token::Token(uint64_t value) : segment_(Segment::create(sizeof(uint64_t))) {
+  std::memcpy(segment_->data(), &value, sizeof(value));
+}
+
+int Token::fd() const {
+  return segment_->fd();
+}
+
+bool Token::matches(int64_t pid, int fd, uint64_t value) {
+  try {
+    const auto segment = Segment::open(pid, fd, sizeof(uint64_t));
+    return std::memcmp(segment->data(), &value, sizeof(value)) == 0;
+  } catch (const std::runtime_error&) {
+    return false;
+  }
+}
+
+} // namespace pp_runtime

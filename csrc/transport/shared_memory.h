@@ -1,0 +1,113 @@
+#pragma once
+
+#include "transport/doorbell.h"
+#include "transport/segment.h"
+#include "transport/transport.h"
+#include "watch.h"
+
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace pp_runtime {
+
+/// A peer on this host as the exchange at the opening found it.
+struct Peer {
+  int rank = -1;
+  int64_t pid = 0;
+};
+
+/// How long a wait spins before it sleeps; zero where there are more ranks than cores.
+struct SpinTime {
+  std::chrono::nanoseconds value{0};
+};
+
+struct ChannelHead;
+
+/// The sending end of a channel between two CPU ranks of one host.
+///
+/// Owns the channel's memory: a ring of message descriptors, a ring of returned blocks, and segments cut into blocks of one size. A message is one copy
+/// into a free block and one descriptor. There are `credits` blocks; when none is free the sender waits for the receiver to return one. The credits come from the
+/// plan's live intervals, so that is rare; where a wait is longer than kPatience a block is added, so no user who keeps tensors can stop the pipeline.
+class SharedSendChannel : public SendChannel {
+ public:
+  SharedSendChannel(uint32_t credits, std::string name, std::shared_ptr<Watch> watch);
+  ~SharedSendChannel() override;
+
+  /// What the receiver needs to open it.
+  int fd() const;
+  /// Whom the channel leads to; before the first send.
+  void connect(Peer receiver, SpinTime spin);
+
+  void send(Message message) override;
+  void finish_step() override {}
+
+  static constexpr std::chrono::milliseconds kPatience{100};
+
+ private:
+  struct Block {
+    uint32_t segment;
+    size_t offset;
+    size_t bytes;
+  };
+
+  uint32_t take_block(size_t bytes);
+  void collect_returns();
+  bool grow(size_t bytes);
+  size_t capacity() const;
+
+  std::shared_ptr<Segment> control_;
+  ChannelHead* head_;
+  std::vector<std::shared_ptr<Segment>> segments_;
+  std::vector<Block> blocks_;
+  std::vector<uint32_t> free_;
+  size_t block_bytes_ = 0;
+  uint32_t usable_blocks_ = 0;
+  uint32_t credits_;
+  uint32_t sent_ = 0;
+  uint32_t returns_read_ = 0;
+  std::string name_;
+  std::shared_ptr<Watch> watch_;
+  Peer peer_;
+  SpinTime spin_;
+  int peer_handle_ = -1;
+};
+
+class BlockReturns;
+
+/// The receiving end: its tensors are views of the sender's blocks; a block goes back when the last of them dies, on whatever thread that is.
+class SharedReceiveChannel : public ReceiveChannel {
+ public:
+  SharedReceiveChannel(Peer sender, int fd, std::string name, std::shared_ptr<Watch> watch, SpinTime spin);
+  ~SharedReceiveChannel() override;
+
+  void begin_step(size_t) override {}
+  Message receive() override;
+
+ private:
+  char* block(uint32_t segment, size_t offset, size_t bytes);
+
+  Peer peer_;
+  std::shared_ptr<Segment> control_;
+  ChannelHead* head_;
+  std::vector<std::shared_ptr<Segment>> segments_;
+  std::shared_ptr<BlockReturns> returns_;
+  uint32_t taken_ = 0;
+  std::string name_;
+  std::shared_ptr<Watch> watch_;
+  SpinTime spin_;
+  int peer_handle_ = -1;
+};
+
+/// The word by which ranks find out whether they share memory: a random token in a segment that a peer tries to read.
+class Token {
+ public:
+  explicit Token(uint64_t value);
+  int fd() const;
+  static bool matches(int64_t pid, int fd, uint64_t value);
+
+ private:
+  std::shared_ptr<Segment> segment_;
+};
+
+} // namespace pp_runtime
