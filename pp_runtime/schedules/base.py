@@ -1,0 +1,228 @@
+"""The base of all schedules: a batch goes in, is cut into microbatches, is run by the order, comes out whole."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from abc import ABC
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from pp_runtime.errors import PipelineModeError, PipelineTypeError, PipelineUsageError
+from pp_runtime.ir import FORWARD
+from pp_runtime.microbatch import TensorChunkSpec
+from pp_runtime.schedules.batches import BatchHandling
+from pp_runtime.schedules.checks import check_chunk_spec, check_loss_function, check_microbatch_count
+from pp_runtime.schedules.custom_context import _PipelineContext, backwards_before_each_action
+from pp_runtime.schedules.custom_functions import CustomFunctions
+from pp_runtime.schedules.order_holder import OrderHolder, has_backwards
+
+if TYPE_CHECKING:
+    from pp_runtime.runtime import Runtime
+    from pp_runtime.stage import _PipelineStageBase
+    from pp_runtime.timeline import Timeline
+
+
+class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
+    """Runs whole batches through the pipeline, by an order that its subclass names.
+
+    Making a schedule talks to no other rank; the first step does.
+    """
+
+    _order_name: ClassVar[str | None] = None
+    _stages: list[_PipelineStageBase]
+    _backward_requires_autograd: bool = True
+
+    def __init__(
+        self,
+        n_microbatches: int,
+        loss_fn: Callable[..., torch.Tensor] | None = None,
+        args_chunk_spec: tuple[TensorChunkSpec, ...] | None = None,
+        kwargs_chunk_spec: dict[str, TensorChunkSpec] | None = None,
+        output_merge_spec: dict[str, Any] | tuple[Any] | None = None,
+        scale_grads: bool = True,
+    ) -> None:
+        super().__init__()
+        self._n_microbatches = check_microbatch_count(n_microbatches)
+        self._loss_fn = check_loss_function(loss_fn)
+        self._args_chunk_spec = check_chunk_spec(
+            args_chunk_spec, "args_chunk_spec", (tuple, list), "(TensorChunkSpec(0), TensorChunkSpec(1))"
+        )
+        self._kwargs_chunk_spec = check_chunk_spec(
+            kwargs_chunk_spec, "kwargs_chunk_spec", (dict,), "{'mask': TensorChunkSpec(0)}"
+        )
+        self._output_merge_spec = output_merge_spec
+        # True divides the summed gradients by the number of microbatches, which suits a loss that averages over rows.
+        self.scale_grads = scale_grads
+        self._has_backward = self._loss_fn is not None
+
+        self._runtime: Runtime | None = None
+        self._order_has_backward = True
+        self._record_timeline = False
+
+    def step(
+        self,
+        *args: Any,
+        target: Any = None,
+        losses: list | None = None,
+        return_outputs: bool = True,
+        loss_kwargs: dict[str, Any] | None = None,
+        arg_mbs: list[tuple] | None = None,
+        kwarg_mbs: list[dict] | None = None,
+        target_mbs: list | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run one batch forward and, with a loss function, backward.
+
+        ``args`` are the model's positional inputs, on the rank of the first stage; ``kwargs`` its keyword inputs, on
+        every rank whose stage takes them; ``target`` goes to the loss function, on the rank of the last stage.
+        ``arg_mbs``, ``kwarg_mbs`` and ``target_mbs`` are the same, already cut into microbatches.
+        ``losses`` is emptied and filled with one detached loss a microbatch, on the rank of the last stage.
+        Returns the whole batch's output there, unless ``return_outputs`` is False; None on other ranks.
+        """
+        try:
+            self._check_mode(target, loss_kwargs)
+            if arg_mbs is None and kwarg_mbs is None and target_mbs is None:
+                arg_mbs, kwarg_mbs = self._split_inputs(args, kwargs)
+                target_mbs = self._split_target(target)
+            elif args or kwargs or target is not None:
+                raise PipelineUsageError(
+                    "arg_mbs, kwarg_mbs and target_mbs replace the whole-batch inputs: "
+                    "pass either microbatches or args, kwargs and target, not both"
+                )
+            self._check_loss_inputs(target_mbs, losses)
+            self._check_inputs(arg_mbs, kwarg_mbs, target_mbs, losses)
+        except PipelineUsageError as error:
+            self._refuse_step(error)
+            raise
+        self._step_microbatches(arg_mbs, kwarg_mbs, target_mbs, losses, return_outputs, loss_kwargs)
+        last_stage = self._last_stage()
+        if last_stage is None or not return_outputs:
+            return None
+        outputs, last_stage.output_chunks = last_stage.output_chunks, []
+        return self._merge_outputs(outputs)
+
+    def eval(self, *args: Any, target: Any = None, losses: list | None = None, **kwargs: Any) -> Any:
+        """Run one batch forward only. Arguments and result are those of ``step``; the target may be left out."""
+        has_backward = self._has_backward
+        self._has_backward = False
+        try:
+            return self.step(*args, target=target, losses=losses, **kwargs)
+        finally:
+            self._has_backward = has_backward
+
+    def _step_microbatches(
+        self,
+        arg_mbs: list | None = None,
+        kwarg_mbs: list | None = None,
+        target_mbs: list | None = None,
+        losses: list | None = None,
+        return_outputs: bool = True,
+        loss_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Run microbatches that are already cut; the last stage's outputs are left in its ``output_chunks``."""
+        arg_mbs, kwarg_mbs = self._check_inputs(arg_mbs, kwarg_mbs, target_mbs, losses)
+        for stage in self._stages:
+            stage.has_backward = self._has_backward
+        runtime = self._ensure_runtime()
+        self._internal_losses.clear()
+        self._current_step.backward_counter.clear()
+        self._current_step.context = _PipelineContext(self, arg_mbs, kwarg_mbs, target_mbs, losses)
+        try:
+            result = runtime.step(
+                arg_mbs,
+                kwarg_mbs,
+                target_mbs,
+                training=self._has_backward and self._order_has_backward,
+                return_outputs=return_outputs,
+                loss_kwargs=loss_kwargs,
+            )
+            step_losses = self._all_losses(result.losses)
+        finally:
+            self._current_step.context = None
+            self._internal_losses.clear()
+        last_stage = self._last_stage()
+        if last_stage is None:
+            return
+        last_stage.output_chunks = list(result.outputs or ()) if return_outputs else []
+        if losses is not None:
+            losses[:] = step_losses
+
+    def _ensure_runtime(self) -> Runtime:
+        if self._runtime is None:
+            from pp_runtime.runtime import Runtime
+
+            order, with_comms = self._order_to_run()
+            own_actions = order.get(self._stages[0].group_rank, [])
+            self._order_has_backward = has_backwards([own_actions])
+            if self._comp_type_to_function_map:
+                self._current_step.backwards_before = backwards_before_each_action(own_actions)
+            self._runtime = Runtime(
+                self._stages,
+                order,
+                self._placement,
+                self._n_microbatches,
+                self._loss_fn,
+                has_backward=self._loss_fn is not None and self._order_has_backward,
+                with_comms=with_comms,
+                custom_functions=self._handlers(),
+                # Weak, so that a schedule that its user drops is freed at once, with its runtime.
+                schedule=weakref.proxy(self),
+            )
+            self._runtime.record_timeline = self._record_timeline
+        return self._runtime
+
+    def _order_changed(self) -> None:
+        self._runtime = None
+
+    def _refuse_step(self, error: PipelineUsageError) -> None:
+        """Tell the ranks that this one will not take part in the step, so that they raise and do not wait."""
+        if self._stages[0].group_size > 1 and (self._order_is_known() or self._runtime is not None):
+            # The usage error is what its user must see, also if the others cannot be told.
+            with contextlib.suppress(Exception):
+                self._ensure_runtime().refuse(error)
+
+    def _check_mode(self, target: Any, loss_kwargs: Any) -> None:
+        if self._has_backward and self._backward_requires_autograd and not torch.is_grad_enabled():
+            raise PipelineModeError(
+                "step() runs a backward and so cannot be used under torch.no_grad(): "
+                "call it outside, or call eval() for a forward only"
+            )
+        if target is not None and self._loss_fn is None:
+            raise PipelineModeError("a target was given but there is no loss_fn: pass loss_fn when making the schedule")
+        if loss_kwargs is not None and not isinstance(loss_kwargs, dict):
+            raise PipelineTypeError(f"loss_kwargs must be a dict or None, got {type(loss_kwargs).__name__}")
+
+    def _check_loss_inputs(self, target_mbs: list | None, losses: list | None) -> None:
+        if self._last_stage() is None:
+            return
+        if self._loss_fn is None and (losses is not None or target_mbs is not None):
+            raise PipelineModeError(
+                "a loss was asked for but there is no loss_fn: pass loss_fn when making the schedule"
+            )
+        wants_loss = self._has_backward or losses is not None
+        if wants_loss and target_mbs is None and FORWARD not in self._comp_type_to_function_map:
+            raise PipelineUsageError(
+                "the last stage is on this rank, so the loss needs a target: call step(..., target=...) here"
+            )
+
+    @property
+    def record_timeline(self) -> bool:
+        """Whether steps record when each action began and ended, for ``timeline()``."""
+        return self._record_timeline
+
+    @record_timeline.setter
+    def record_timeline(self, enabled: bool) -> None:
+        self._record_timeline = bool(enabled)
+        if self._runtime is not None:
+            self._runtime.record_timeline = self._record_timeline
+
+    def timeline(self) -> Timeline:
+        """What this rank did in the last step, and when. Set ``record_timeline = True`` before that step."""
+        if not self._record_timeline:
+            raise PipelineModeError("no timeline was recorded: set schedule.record_timeline = True before the step")
+        if self._runtime is None:
+            raise PipelineModeError("there is no timeline before the first step")
+        return self._runtime.timeline()

@@ -1,0 +1,83 @@
+"""A batch on its way into a schedule and out of it: split, checked, merged."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pp_runtime.errors import PipelineTypeError, PipelineUsageError
+from pp_runtime.microbatch import TensorChunkSpec, merge_chunks, split_args_kwargs_into_chunks
+
+if TYPE_CHECKING:
+    from pp_runtime.stage import _PipelineStageBase
+
+
+class BatchHandling:
+    """The part of a schedule that turns whole batches into microbatches and back."""
+
+    _stages: list[_PipelineStageBase]
+    _n_microbatches: int
+    _args_chunk_spec: tuple[TensorChunkSpec, ...] | None
+    _kwargs_chunk_spec: dict[str, TensorChunkSpec] | None
+    _output_merge_spec: Any
+
+    def _last_stage(self) -> _PipelineStageBase | None:
+        """This rank's last stage of the whole pipeline, if it has it."""
+        return next((stage for stage in self._stages if stage.is_last), None)
+
+    def _split_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> tuple[list, list]:
+        count = self._n_microbatches
+        if not any(stage.is_first for stage in self._stages):
+            args = ()  # as in torch, positional inputs count only where the first stage is
+        if not args and not kwargs:
+            return [()] * count, [{}] * count
+        arg_mbs, kwarg_mbs = split_args_kwargs_into_chunks(
+            args, kwargs, count, self._args_chunk_spec if args else None, self._kwargs_chunk_spec if kwargs else None
+        )
+        self._check_rows("input", len(arg_mbs))
+        return arg_mbs, kwarg_mbs
+
+    def _split_target(self, target: Any) -> list | None:
+        if target is None or self._last_stage() is None:
+            return None
+        target_mbs, _ = split_args_kwargs_into_chunks((target,), None, self._n_microbatches)
+        self._check_rows("target", len(target_mbs))
+        return [piece for (piece,) in target_mbs]
+
+    def _check_rows(self, name: str, rows: int) -> None:
+        if rows < self._n_microbatches:
+            raise PipelineUsageError(
+                f"the {name} has a batch of {rows}, which cannot be cut into {self._n_microbatches} microbatches: "
+                f"use a batch of at least {self._n_microbatches}, or a schedule with n_microbatches={max(rows, 1)}"
+            )
+
+    def _check_inputs(
+        self,
+        arg_mbs: list | None = None,
+        kwarg_mbs: list | None = None,
+        target_mbs: list | None = None,
+        losses: list | None = None,
+    ) -> tuple[list, list]:
+        """The microbatches, empty ones where none were given; an error if they have the wrong type or count."""
+        count = self._n_microbatches
+        check_microbatches("arg_mbs", arg_mbs, count, tuple)
+        check_microbatches("kwarg_mbs", kwarg_mbs, count, dict)
+        check_microbatches("target_mbs", target_mbs, count, object)
+        if losses is not None and not isinstance(losses, list):
+            raise PipelineTypeError(f"losses must be a list, which step() fills, got {type(losses).__name__}")
+        return [()] * count if arg_mbs is None else arg_mbs, [{}] * count if kwarg_mbs is None else kwarg_mbs
+
+    def _merge_outputs(self, output_chunks: list[Any]) -> Any:
+        return merge_chunks(output_chunks, self._output_merge_spec)
+
+
+def check_microbatches(name: str, microbatches: Any, count: int, kind: type) -> None:
+    """An error unless ``microbatches`` is None or a list of ``count`` entries of a type."""
+    if microbatches is None:
+        return
+    if not isinstance(microbatches, list):
+        raise PipelineTypeError(f"{name} must be a list with an entry for each microbatch, got {microbatches!r}")
+    if len(microbatches) != count:
+        raise PipelineUsageError(f"{name} must have {count} entries, one for each microbatch, got {len(microbatches)}")
+    for index, entry in enumerate(microbatches):
+        if not isinstance(entry, kind):
+            raise PipelineTypeError(f"{name}[{index}] must be a {kind.__name__}, got {type(entry).__name__}")

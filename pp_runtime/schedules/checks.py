@@ -1,0 +1,98 @@
+"""What a schedule refuses about its own arguments, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pp_runtime.errors import PipelineTypeError, PipelineUsageError
+from pp_runtime.ir import Placement
+
+if TYPE_CHECKING:
+    from pp_runtime.stage import _PipelineStageBase
+
+
+def check_microbatch_count(count: Any) -> int:
+    """``count`` as an int of at least 1."""
+    if isinstance(count, bool) or not hasattr(type(count), "__index__"):
+        raise PipelineTypeError(f"n_microbatches must be an int, got {count!r} of type {type(count).__name__}")
+    if int(count) < 1:
+        raise PipelineUsageError(f"n_microbatches must be at least 1, got {count}")
+    return int(count)
+
+
+def check_loss_function(loss_fn: Any) -> Callable[..., Any] | None:
+    """``loss_fn`` if it can be called, or None."""
+    if loss_fn is not None and not callable(loss_fn):
+        raise PipelineTypeError(
+            f"loss_fn must be a function of (output, target), or None for a pipeline without backward; "
+            f"got {loss_fn!r} of type {type(loss_fn).__name__}"
+        )
+    return loss_fn
+
+
+def check_chunk_spec(spec: Any, name: str, kinds: tuple[type, ...], example: str) -> Any:
+    """``spec`` if it has one of the container types, or None."""
+    if spec is not None and not isinstance(spec, kinds):
+        raise PipelineTypeError(f"{name} must be like {example}, got {spec!r} of type {type(spec).__name__}")
+    return spec
+
+
+def check_stage(stage: Any) -> _PipelineStageBase:
+    """``stage`` if it is a stage of ours."""
+    from pp_runtime.stage import _PipelineStageBase
+
+    if isinstance(stage, _PipelineStageBase):
+        return stage
+    if isinstance(stage, (list, tuple)):
+        raise PipelineTypeError(
+            f"this schedule takes one stage, got a {type(stage).__name__} of {len(stage)}: pass the stage itself, "
+            "or use a schedule for several stages a rank, such as ScheduleInterleaved1F1B"
+        )
+    where = f"{type(stage).__module__}.{type(stage).__qualname__}"
+    hint = (
+        "import PipelineStage and pipeline from pp_runtime instead of torch.distributed.pipelining"
+        if where.startswith("torch.distributed.pipelining")
+        else "make it with pp_runtime.PipelineStage or Pipe.build_stage"
+    )
+    raise PipelineTypeError(f"a schedule's stage must be a pp_runtime stage, got {where}: {hint}")
+
+
+def check_stages(stages: Any) -> list[_PipelineStageBase]:
+    """``stages`` as a list of distinct stages of one pipeline."""
+    if not isinstance(stages, Sequence) or isinstance(stages, str):
+        raise PipelineTypeError(
+            f"this schedule takes a list of stages, got {type(stages).__name__}: pass [stage] for one stage"
+        )
+    if not stages:
+        raise PipelineUsageError("this schedule needs at least one stage on every rank, got an empty list")
+    checked = [check_stage(stage) for stage in stages]
+    first = checked[0]
+    seen: set[int] = set()
+    for stage in checked:
+        if stage.stage_index in seen:
+            raise PipelineUsageError(f"stage {stage.stage_index} is in the list twice: give each stage its own index")
+        seen.add(stage.stage_index)
+        if stage.num_stages != first.num_stages:
+            raise PipelineUsageError(
+                f"stage {stage.stage_index} says num_stages={stage.num_stages} but stage {first.stage_index} says "
+                f"{first.num_stages}: make all stages with the same num_stages"
+            )
+        if (stage.group_rank, stage.group_size) != (first.group_rank, first.group_size):
+            raise PipelineUsageError(
+                f"stage {stage.stage_index} is rank {stage.group_rank} of {stage.group_size} in its group but stage "
+                f"{first.stage_index} is rank {first.group_rank} of {first.group_size}: make all with the same group"
+            )
+    return checked
+
+
+def check_own_stages(stages: Sequence[_PipelineStageBase], placement: Placement, schedule: str) -> None:
+    """An error unless this rank has the stages that the schedule's placement gives to it."""
+    rank = stages[0].group_rank
+    have = sorted(stage.stage_index for stage in stages)
+    wanted = [stage for stage, owner in enumerate(placement) if owner == rank]
+    if have != wanted:
+        raise PipelineUsageError(
+            f"{schedule} places stages {wanted} on rank {rank}, but this rank was given stages {have}: "
+            f"build the stages of this placement (stage to rank: {dict(enumerate(placement))})"
+        )

@@ -1,0 +1,83 @@
+"""The part of a schedule that custom functions use: registration, and torch's helpers for handlers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pp_runtime.errors import PipelineModeError, PipelineTypeError
+from pp_runtime.ir import ActionType
+from pp_runtime.schedules.custom_context import CurrentStep, _CustomFunctionProtocol, check_custom_type
+
+
+class CustomFunctions:
+    """Holds the custom functions of a schedule, and the losses that they compute."""
+
+    _n_microbatches: int
+    _loss_fn: Callable[..., Any] | None
+    _runtime: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._comp_type_to_function_map: dict[ActionType, _CustomFunctionProtocol] = {}
+        self._current_step = CurrentStep()
+        # Losses that custom functions computed in this step, by microbatch.
+        self._internal_losses: dict[int, torch.Tensor] = {}
+
+    def register_custom_function(self, computation_type: ActionType, custom_function: _CustomFunctionProtocol) -> None:
+        """Have ``custom_function(action, context)`` do every action of this type, in place of the runtime.
+
+        All ranks must register the same types before the same step.
+        """
+        if not callable(custom_function):
+            raise PipelineTypeError(f"custom_function must be callable, got {type(custom_function).__name__}")
+        self._comp_type_to_function_map[check_custom_type(computation_type)] = custom_function
+        self._runtime = None  # the next step is planned anew
+
+    def _handlers(self) -> dict[ActionType, Callable[..., None]]:
+        return {kind: self._current_step.handler(func) for kind, func in self._comp_type_to_function_map.items()}
+
+    @property
+    def backward_counter(self) -> Counter[int]:
+        """For custom functions: how many B and W each stage of this rank has done in this step."""
+        return self._current_step.backward_counter
+
+    def _compute_loss(self, output: Any, target: Any, loss_kwargs: dict[str, Any] | None = None) -> Any:
+        if self._loss_fn is None:
+            raise PipelineModeError("there is no loss to compute: pass loss_fn when making the schedule")
+        return self._loss_fn(output, target, **(loss_kwargs or {}))
+
+    def _maybe_compute_loss(
+        self, stage: Any, output: Any, target_mbs: list | None, mb_index: int, loss_kwargs: Any = None
+    ) -> None:
+        """For custom functions that run a forward: compute and keep the loss if the stage is the last one."""
+        if stage.is_last and self._loss_fn is not None:
+            target = None if target_mbs is None else target_mbs[mb_index]
+            self._internal_losses[mb_index] = self._compute_loss(output, target, loss_kwargs)
+
+    def _maybe_get_loss(self, stage: Any, mb_index: int) -> Any:
+        """For custom functions that run a backward: this microbatch's loss, or None if the stage is not the last.
+
+        None also if the runtime ran the forward: it then holds the loss, and ``backward_one_chunk`` starts from it.
+        """
+        return self._internal_losses.get(mb_index) if stage.is_last else None
+
+    def _all_losses(self, runtime_losses: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The losses of the runtime's own forwards and of custom ones, in microbatch order."""
+        if not self._internal_losses or len(runtime_losses) == self._n_microbatches:
+            return runtime_losses
+        rest = iter(runtime_losses)
+        merged: list[torch.Tensor] = []
+        for microbatch in range(self._n_microbatches):
+            custom = self._internal_losses.get(microbatch)
+            loss = next(rest, None) if custom is None else custom.detach()
+            if loss is None:
+                raise PipelineModeError(
+                    f"microbatch {microbatch} has no loss: a custom forward of the last stage must call "
+                    "ctx.schedule_ref._maybe_compute_loss(stage, output, ctx.target_mbs, action.microbatch_index)"
+                )
+            merged.append(loss)
+        return merged

@@ -1,0 +1,63 @@
+"""Schedules with any number of stages a rank."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pp_runtime.ir import Order, Placement
+from pp_runtime.microbatch import TensorChunkSpec
+from pp_runtime.schedules.base import _PipelineSchedule
+from pp_runtime.schedules.catalogue import build_order
+from pp_runtime.schedules.checks import check_stages
+from pp_runtime.schedules.placement import looped
+
+if TYPE_CHECKING:
+    from pp_runtime.stage import _PipelineStageBase
+
+
+class PipelineScheduleMulti(_PipelineSchedule):
+    """Base of the schedules with several stages a rank; alone, it runs an order from a file.
+
+    A named schedule has its stages looped (stage ``i`` on rank ``i % ranks``) or in a V, as its order says; a file
+    says it for itself. ``stage_index_to_group_rank`` tells.
+    """
+
+    def __init__(
+        self,
+        stages: list[_PipelineStageBase],
+        n_microbatches: int,
+        loss_fn: Callable | None = None,
+        args_chunk_spec: tuple[TensorChunkSpec, ...] | None = None,
+        kwargs_chunk_spec: dict[str, TensorChunkSpec] | None = None,
+        output_merge_spec: dict[str, Any] | tuple[Any] | None = None,
+        use_full_backward: bool | None = None,
+        scale_grads: bool = True,
+        backward_requires_autograd: bool = True,
+    ) -> None:
+        super().__init__(n_microbatches, loss_fn, args_chunk_spec, kwargs_chunk_spec, output_merge_spec, scale_grads)
+        self._stages = check_stages(stages)
+        self._num_stages = self.num_stages = self._stages[0].num_stages
+        self.n_local_stages = len(self._stages)
+        self.pp_group_size = self._stages[0].group_size
+        self.rank = self._stages[0].group_rank
+        # A custom backward may do without autograd, and then step() may run under no_grad.
+        self._backward_requires_autograd = backward_requires_autograd
+        if use_full_backward is not None:
+            warnings.warn(
+                "use_full_backward has no effect: the order says which backwards are split",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+        built = self._build_order()
+        if built is None:
+            self.stage_index_to_group_rank = dict(enumerate(looped(self.pp_group_size, self._num_stages)))
+        else:
+            self._set_order(*built)
+
+    def _build_order(self) -> tuple[Order, Placement] | None:
+        """The order and the placement of the stages; None where a file or an assignment will bring them."""
+        if self._order_name is None:
+            return None
+        return build_order(self._order_name, self.pp_group_size, self._num_stages, self._n_microbatches)

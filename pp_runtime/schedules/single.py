@@ -1,0 +1,62 @@
+"""Schedules with one stage a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pp_runtime.errors import PipelineUsageError
+from pp_runtime.ir import Action, Order
+from pp_runtime.microbatch import TensorChunkSpec
+from pp_runtime.passes.data_parallel import insert_reduce_grad
+from pp_runtime.schedules.base import _PipelineSchedule
+from pp_runtime.schedules.catalogue import build_order
+from pp_runtime.schedules.checks import check_stage
+from pp_runtime.schedules.order_holder import TorchOrder
+
+if TYPE_CHECKING:
+    from pp_runtime.stage import _PipelineStageBase
+
+
+class PipelineScheduleSingle(_PipelineSchedule):
+    """Base of the schedules with one stage a rank: stage ``i`` on rank ``i`` of its group.
+
+    With ``scale_grads`` the gradients are divided by the number of microbatches after the backward, which suits a
+    loss function that averages; turn it off for one that sums.
+    """
+
+    def __init__(
+        self,
+        stage: _PipelineStageBase,
+        n_microbatches: int,
+        loss_fn: Callable | None = None,
+        args_chunk_spec: tuple[TensorChunkSpec, ...] | None = None,
+        kwargs_chunk_spec: dict[str, TensorChunkSpec] | None = None,
+        output_merge_spec: dict[str, Any] | tuple[Any] | None = None,
+        scale_grads: bool = True,
+    ) -> None:
+        super().__init__(n_microbatches, loss_fn, args_chunk_spec, kwargs_chunk_spec, output_merge_spec, scale_grads)
+        self._stage = check_stage(stage)
+        self._num_stages = stage.num_stages
+        if stage.num_stages != stage.group_size:
+            raise PipelineUsageError(
+                f"{type(self).__name__} holds one stage a rank, but there are {stage.num_stages} stages for "
+                f"{stage.group_size} ranks: split the model into {stage.group_size} stages, or use a schedule for "
+                "several stages a rank, such as ScheduleInterleaved1F1B"
+            )
+        if self._order_name is not None:
+            self._set_order(*build_order(self._order_name, stage.group_size, stage.num_stages, self._n_microbatches))
+        elif type(self)._get_pipeline_order is not PipelineScheduleSingle._get_pipeline_order:
+            self.pipeline_order = self._get_pipeline_order() or {}
+
+    @property
+    def _stages(self) -> list[_PipelineStageBase]:  # type: ignore[override]
+        return [self._stage]
+
+    def _get_pipeline_order(self) -> dict[int, list[Action | None]] | None:
+        """The order in torch's form. A subclass that overrides this brings its own order."""
+        return self.pipeline_order
+
+    def _torch_form(self, order: Order) -> TorchOrder:
+        # torch shows these orders with their gradient reductions and without idle steps.
+        return {rank: list(actions) for rank, actions in insert_reduce_grad(order).items()}
