@@ -79,6 +79,38 @@ class Costs:
         """These costs with some of them replaced."""
         return replace(self, **times)
 
+    def recut(self, num_stages: int, new_num_stages: int) -> Costs:
+        """Costs of the same model cut into another number of stages: neighbours as one, or each in equal pieces.
+
+        A message takes as long wherever the cut is. ValueError if neither number divides the other.
+        """
+        if num_stages == new_num_stages:
+            return self
+        joined, pieces = num_stages // new_num_stages, new_num_stages // num_stages
+        if num_stages % new_num_stages and new_num_stages % num_stages:
+            raise ValueError(
+                f"Costs of {num_stages} stages say nothing about {new_num_stages}; neither divides the other."
+            )
+        recut: dict[str, PerStage] = {}
+        for name in (
+            "forward",
+            "backward_input",
+            "backward_weight",
+            "full_backward",
+            "unshard",
+            "reshard",
+            "reduce_grad",
+        ):
+            times = self.by_stage(name, num_stages)
+            if joined:
+                recut[name] = tuple(sum(times[first : first + joined]) for first in range(0, num_stages, joined))
+            else:
+                recut[name] = tuple(time / pieces for time in times for _ in range(pieces))
+        transfer = self.by_stage("transfer", num_stages)
+        # A message is named by the stage below the cut.
+        last_of = [(stage + 1) * joined - 1 if joined else stage // pieces for stage in range(new_num_stages)]
+        return self.with_overrides(**recut, transfer=tuple(transfer[stage] for stage in last_of))
+
     def to_text(self) -> str:
         """The form that :meth:`from_text` reads: ``F=1,I=1,W=1/2,transfer=0.1``."""
         default = Costs()

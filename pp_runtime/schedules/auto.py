@@ -21,7 +21,7 @@ from pp_runtime.schedules.placement import looped, v_shaped
 from pp_runtime.schedules.swaps import improved_by_swaps
 from pp_runtime.simulate import simulate
 
-_ACTIONS_TO_TRY = 2_000_000  # bounds the time of a search over large orders: some seconds, after the named ones
+_ACTIONS_TO_TRY = 4_000_000  # bounds the time of a search over large orders: some seconds, after the named ones
 
 
 def auto(
