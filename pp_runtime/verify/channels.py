@@ -1,0 +1,145 @@
+"""Whether an order with its communication moves every message, in one sequence at both ends, and comes to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from pp_runtime.errors import InvalidOrderError
+from pp_runtime.ir import (
+    BACKWARD_INPUT,
+    FORWARD,
+    FULL_BACKWARD,
+    RECV_B,
+    RECV_F,
+    SEND_B,
+    SEND_F,
+    Action,
+    ActionType,
+    Order,
+    Placement,
+)
+from pp_runtime.passes.edges import Edge, Neighbours, neighbours
+from pp_runtime.verify.completeness import check_completeness
+from pp_runtime.verify.deadlock import check_progress_with_sends
+from pp_runtime.verify.marking import refusal, refuse
+
+_COMPUTE_OF: dict[ActionType, ActionType] = {
+    FORWARD: FORWARD,
+    FULL_BACKWARD: FULL_BACKWARD,
+    BACKWARD_INPUT: FULL_BACKWARD,
+}
+_TEXT_OF: dict[ActionType, str] = {FORWARD: "F", FULL_BACKWARD: "B or I"}
+
+
+def verify_communication(
+    order_with_comms: Order,
+    placement: Placement,
+    num_microbatches: int,
+    edges: Iterable[Edge] | None = None,
+    *,
+    forward_only: bool = False,
+) -> None:
+    """Raise InvalidOrderError unless the order is complete, messages included, and does not deadlock under rendezvous.
+
+    Beyond what :func:`verify` asks of the compute actions: every output and gradient that another rank needs is sent
+    once, after it is made, and received once, before it is used; each channel's sends and receives stand in one
+    sequence; and no circle of waits exists though nothing is buffered, a receive being posted at its place and waited for
+    by its consumer. Linear in the number of actions.
+    """
+    check_completeness(order_with_comms, placement, num_microbatches, forward_only=forward_only)
+    around = neighbours(len(placement), edges)
+    remote = around.on_other_ranks(placement)
+    sequences = _Sequences(order_with_comms, placement, num_microbatches, remote, forward_only)
+    _check_channels(order_with_comms, placement, remote, sequences)
+    check_progress_with_sends(order_with_comms, placement, num_microbatches, around)
+
+
+class _Sequences:
+    """For each stage and type of communication, its microbatches in sequence; each stands once, where it may."""
+
+    def __init__(
+        self, order: Order, placement: Placement, num_microbatches: int, remote: Neighbours, forward_only: bool
+    ) -> None:
+        self.num_microbatches = num_microbatches
+        nobody = ((),) * len(placement)
+        gradients_to, gradients_from = (nobody, nobody) if forward_only else (remote.before, remote.after)
+        self.partners: dict[ActionType, Sequence[tuple[int, ...]]] = {
+            SEND_F: remote.after,
+            RECV_F: remote.before,
+            SEND_B: gradients_to,
+            RECV_B: gradients_from,
+        }
+        self.of: dict[ActionType, list[list[int]]] = {kind: [[] for _ in placement] for kind in self.partners}
+        size = len(placement) * num_microbatches
+        self._seen = {kind: bytearray(size) for kind in (*self.partners, FORWARD, FULL_BACKWARD)}
+        for rank in order:
+            self._read(order, rank)
+        for kind, by_stage in self.of.items():
+            for stage, sequence in enumerate(by_stage):
+                if self.partners[kind][stage] and len(sequence) < num_microbatches:
+                    missing = Action(stage, kind, min(set(range(num_microbatches)) - set(sequence)))
+                    refuse(order, placement[stage], len(order[placement[stage]]), f"the order has no {missing}.")
+
+    def _read(self, order: Order, rank: int) -> None:
+        seen = self._seen
+        before = {FORWARD: seen[RECV_F], FULL_BACKWARD: seen[RECV_B]}
+        received = {FORWARD: self.partners[RECV_F], FULL_BACKWARD: self.partners[RECV_B]}
+        makers = {SEND_F: FORWARD, SEND_B: FULL_BACKWARD, RECV_F: FORWARD, RECV_B: FULL_BACKWARD}
+        for position, action in enumerate(order[rank]):
+            for stage, kind, microbatch, _ in action[3] or (action,):
+                if kind in _COMPUTE_OF:
+                    compute = _COMPUTE_OF[kind]
+                    place = stage * self.num_microbatches + microbatch  # type: ignore[operator]
+                    seen[compute][place] = 1
+                    if received[compute][stage] and not before[compute][place]:
+                        receive = Action(stage, RECV_F if compute is FORWARD else RECV_B, microbatch)
+                        refuse(order, rank, position, f"{receive} does not stand before it.")
+                elif kind in makers:
+                    if microbatch is None or not 0 <= microbatch < self.num_microbatches:
+                        refuse(
+                            order,
+                            rank,
+                            position,
+                            f"microbatch {microbatch} is not one of 0 to {self.num_microbatches - 1}.",
+                        )
+                    place = stage * self.num_microbatches + microbatch
+                    if seen[kind][place]:
+                        refuse(order, rank, position, "it has stood before.")
+                    seen[kind][place] = 1
+                    if not self.partners[kind][stage]:
+                        refuse(order, rank, position, f"stage {stage} has no such message to or from another rank.")
+                    if (kind is SEND_F or kind is SEND_B) and not seen[makers[kind]][place]:
+                        what = _TEXT_OF[makers[kind]]
+                        refuse(
+                            order,
+                            rank,
+                            position,
+                            f"what it sends is not made before it, by an {what} of stage {stage}.",
+                        )
+                    self.of[kind][stage].append(microbatch)
+
+
+def _check_channels(order: Order, placement: Placement, remote: Neighbours, sequences: _Sequences) -> None:
+    """Both ends of each channel have one sequence of microbatches."""
+    for send, receive, senders_of in ((SEND_F, RECV_F, remote.before), (SEND_B, RECV_B, remote.after)):
+        for stage, senders in enumerate(senders_of):
+            for sender in senders:
+                sent, received = sequences.of[send][sender], sequences.of[receive][stage]
+                if sent != received:
+                    turn = next(
+                        turn for turn, pair in enumerate(zip(sent, received, strict=True)) if pair[0] != pair[1]
+                    )
+                    _refuse_channel(
+                        order, placement, Action(sender, send, sent[turn]), Action(stage, receive, received[turn])
+                    )
+
+
+def _refuse_channel(order: Order, placement: Placement, send: Action, receive: Action) -> None:
+    sender, receiver = placement[send.stage_index], placement[receive.stage_index]
+    reason = f"rank {sender} sends {send} at this turn of the channel; both ends need one sequence."
+    other = f"rank {receiver} receives {receive} at this turn of the channel."
+    raise InvalidOrderError(
+        refusal(order, receiver, order[receiver].index(receive), reason)
+        + "\n"
+        + refusal(order, sender, order[sender].index(send), other)
+    )
