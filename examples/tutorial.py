@@ -108,7 +108,7 @@ def check(
 
 def main(flags: argparse.Namespace) -> None:
     """Train one step over all ranks."""
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world, n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), flags.microbatches
     device = torch.device("cpu")
     if flags.device == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -127,8 +127,8 @@ def main(flags: argparse.Namespace) -> None:
     if flags.split == "manual":
         stage = manual_stage(model, rank, world, args.n_layers, device)
     else:
-        stage = traced_stage(model, rank, world, args.n_layers, device, x.chunk(flags.microbatches)[0])
-    schedule = get_schedule_class(flags.schedule)(stage, flags.microbatches, loss_fn=tokenwise_loss)
+        stage = traced_stage(model, rank, world, args.n_layers, device, x.tensor_split(n)[0])
+    schedule = get_schedule_class(flags.schedule)(stage, n, loss_fn=tokenwise_loss)
 
     losses: list[torch.Tensor] = []
     if world == 1:
@@ -143,7 +143,7 @@ def main(flags: argparse.Namespace) -> None:
     if stage.is_last:
         print("losses: " + " ".join(f"{loss.item():.4f}" for loss in losses), flush=True)
     if flags.check:
-        check(stage, whole, list(zip(x.chunk(flags.microbatches), y.chunk(flags.microbatches), strict=True)), losses)
+        check(stage, whole, list(zip(x.tensor_split(n), y.tensor_split(n), strict=True)), losses)
     dist.destroy_process_group()
 
 
