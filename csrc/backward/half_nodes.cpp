@@ -65,9 +65,7 @@ void SplitNode::release_variables() {
   }
 }
 
-std::string SplitNode::name() const {
-  return whole_->name();
-}
+std::string SplitNode::name() const { return whole_->name(); }
 
 void SplitNode::begin_weight_half() {
   in_weight_half_ = true;
@@ -76,9 +74,7 @@ void SplitNode::begin_weight_half() {
   next_edges() = std::move(weight_edges_);
 }
 
-bool SplitNode::has_hooks() const {
-  return !whole_->tensor_pre_hooks().empty() || !whole_->pre_hooks().empty();
-}
+bool SplitNode::has_hooks() const { return !whole_->tensor_pre_hooks().empty() || !whole_->pre_hooks().empty(); }
 
 KeepNode::KeepNode(uint64_t sequence_nr, edge_list weight_edges)
     : HalfNode(sequence_nr), weight_edges_(std::move(weight_edges)) {
@@ -101,9 +97,7 @@ void KeepNode::begin_weight_half() {
   next_edges() = std::move(weight_edges_);
 }
 
-std::string KeepNode::name() const {
-  return "pp_runtime::KeepNode";
-}
+std::string KeepNode::name() const { return "pp_runtime::KeepNode"; }
 
 CaptureNode::CaptureNode(NodePtr captured)
     : Node(captured->sequence_nr()), captured_(std::move(captured)), gradients_(captured_->num_inputs()) {
@@ -117,23 +111,21 @@ variable_list CaptureNode::apply(variable_list&& gradients) {
   return {};
 }
 
-std::string CaptureNode::name() const {
-  return "pp_runtime::CaptureNode";
-}
+std::string CaptureNode::name() const { return "pp_runtime::CaptureNode"; }
 
-at::Tensor CaptureNode::gradient(size_t input_nr) const {
-  return gradients_.at(input_nr);
-}
+at::Tensor CaptureNode::gradient(size_t input_nr) const { return gradients_.at(input_nr); }
 
 StartNode::StartNode(Roots roots, std::vector<Node*> replaced)
     : Node(std::numeric_limits<uint64_t>::max(), std::move(roots.edges)),
       gradients_(std::move(roots.grads)),
       replaced_(std::move(replaced)) {
   // Metadata of a device gradient carries the stream that made it, which its reader then waits for.
-  const auto on_device = std::find_if(gradients_.begin(), gradients_.end(),
-                                      [](const at::Tensor& gradient) { return gradient.defined() && !gradient.is_cpu(); });
+  const auto on_device = std::find_if(gradients_.begin(), gradients_.end(), [](const at::Tensor& gradient) {
+    return gradient.defined() && !gradient.is_cpu();
+  });
   static const at::Tensor kNothing = at::zeros({});
-  add_input_metadata(on_device == gradients_.end() ? kNothing : *on_device);
+  input_ = on_device == gradients_.end() ? kNothing : *on_device;
+  add_input_metadata(input_);
 }
 
 variable_list StartNode::apply(variable_list&&) {
@@ -144,14 +136,11 @@ variable_list StartNode::apply(variable_list&&) {
   return std::move(gradients_);
 }
 
-std::string StartNode::name() const {
-  return "pp_runtime::StartNode";
-}
+std::string StartNode::name() const { return "pp_runtime::StartNode"; }
 
 void StartNode::execute(Roots roots, bool keep_graph, std::vector<Node*> replaced) {
   const auto start = c10::make_intrusive<StartNode>(std::move(roots), std::move(replaced));
-  variable_list input{start->input_metadata(0).zeros_like()};
-  torch::autograd::Engine::get_default_engine().execute({Edge(start, 0)}, input, keep_graph,
+  torch::autograd::Engine::get_default_engine().execute({Edge(start, 0)}, {std::move(start->input_)}, keep_graph,
                                                         /*create_graph=*/false, /*accumulate_grad=*/true);
 }
 

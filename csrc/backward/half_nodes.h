@@ -10,10 +10,12 @@ namespace pp_runtime {
 
 struct WeightProduct;
 
-/// A node that takes part in I and again in W, where it is a root. Owned by the graph during I, by the WeightHalf after.
+/// A node that takes part in I and again in W, where it is a root. Owned by the graph during I, by the WeightHalf
+/// after.
 ///
-/// In both halves it stands at the place of the node it halves (same sequence number), so the engine sums gradients in the
-/// order of a full backward. Everything runs on the engine's threads but `begin_weight_half`, which runs between the calls.
+/// In both halves it stands at the place of the node it halves (same sequence number), so the engine sums gradients in
+/// the order of a full backward. Everything runs on the engine's threads but `begin_weight_half`, which runs between
+/// the calls.
 class HalfNode : public torch::autograd::Node {
  public:
   using Node::Node;
@@ -22,7 +24,8 @@ class HalfNode : public torch::autograd::Node {
 };
 
 /// Runs a node of which each half is a product of its own (matrix products, convolutions) twice: for the input side
-/// in I, for the weight side in W. It replaces the node in the graph, because the engine would release the node after I.
+/// in I, for the weight side in W. It replaces the node in the graph, because the engine would release the node after
+/// I.
 ///
 ///        parent                      parent                      W's start
 ///          |                            |                            |
@@ -40,9 +43,7 @@ class SplitNode final : public HalfNode {
   void begin_weight_half() override;
 
   bool has_hooks() const;
-  Node* whole() const {
-    return whole_.get();
-  }
+  torch::autograd::Node* whole() const { return whole_.get(); }
 
  private:
   const NodePtr whole_;
@@ -93,17 +94,18 @@ class StartNode final : public torch::autograd::Node {
  public:
   /// `replaced` are nodes with hooks that SplitNodes run: they are announced to the running graph task, because
   /// torch.autograd.graph.register_multi_grad_hook asks it which of its nodes will run.
-  explicit StartNode(Roots roots, std::vector<Node*> replaced = {});
+  explicit StartNode(Roots roots, std::vector<torch::autograd::Node*> replaced = {});
 
   torch::autograd::variable_list apply(torch::autograd::variable_list&& unused) override;
   std::string name() const override;
 
   /// Runs the engine from here, once.
-  static void execute(Roots roots, bool keep_graph, std::vector<Node*> replaced = {});
+  static void execute(Roots roots, bool keep_graph, std::vector<torch::autograd::Node*> replaced = {});
 
  private:
+  at::Tensor input_;  // the engine wants one; nobody reads it
   torch::autograd::variable_list gradients_;
-  std::vector<Node*> replaced_;
+  std::vector<torch::autograd::Node*> replaced_;
 };
 
 }  // namespace pp_runtime

@@ -29,8 +29,8 @@ class WeightHalf {
   bool has_run_ = false;
 };
 
-/// I: one engine call from the roots to the input nodes, which are run (a ReceiveNode stores its gradient). An input node has
-/// no next edges. Without input nodes nothing runs here, and W is the full backward.
+/// I: one engine call from the roots to the input nodes, which are run (a ReceiveNode stores its gradient). An input
+/// node has no next edges. Without input nodes nothing runs here, and W is the full backward.
 ///
 /// The graph is rewired on the way (see graph_splitter.h), so it serves this one backward.
 std::unique_ptr<WeightHalf> input_backward(Roots roots, const std::vector<NodePtr>& input_nodes);

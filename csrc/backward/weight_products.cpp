@@ -28,9 +28,7 @@ void keep_unpacked(SavedVariable& saved, Node& node) {
   at::SavedTensorDefaultHooks::set_tls_state(hooks);
 }
 
-bool is_valid(const edge_list& edges, size_t index) {
-  return index < edges.size() && edges[index].is_valid();
-}
+bool is_valid(const edge_list& edges, size_t index) { return index < edges.size() && edges[index].is_valid(); }
 
 /// A product of two factors: the gradient of one reads only the other.
 template <class T, size_t kFirst, size_t kSecond, SavedVariable T::* first, SavedVariable T::* second>
@@ -65,6 +63,20 @@ constexpr WeightProduct layer() {
   };
 }
 
+/// As a product of factors; the offsets of the groups are read by both halves.
+constexpr WeightProduct grouped_product() {
+  using generated::GroupedMmBackward0;
+  WeightProduct product =
+      product_of_factors<GroupedMmBackward0, 0, 1, &GroupedMmBackward0::self_, &GroupedMmBackward0::mat2_>();
+  product.keep_unpacked = [](Node& node) {
+    auto& grouped = static_cast<GroupedMmBackward0&>(node);
+    for (SavedVariable* saved : {&grouped.self_, &grouped.mat2_, &grouped.offs_}) {
+      keep_unpacked(*saved, node);
+    }
+  };
+  return product;
+}
+
 using generated::AddbmmBackward0;
 using generated::AddmmBackward0;
 using generated::BaddbmmBackward0;
@@ -79,6 +91,7 @@ constexpr WeightProduct kBaddbmm =
     product_of_factors<BaddbmmBackward0, 1, 2, &BaddbmmBackward0::batch1_, &BaddbmmBackward0::batch2_>();
 constexpr WeightProduct kAddbmm =
     product_of_factors<AddbmmBackward0, 1, 2, &AddbmmBackward0::batch1_, &AddbmmBackward0::batch2_>();
+constexpr WeightProduct kGroupedMm = grouped_product();
 constexpr WeightProduct kConvolution = layer<generated::ConvolutionBackward0>();
 constexpr WeightProduct kConvolutionOverrideable = layer<generated::ConvolutionOverrideableBackward0>();
 constexpr WeightProduct kLinear = layer<generated::LinearBackward0>();
@@ -92,6 +105,7 @@ const WeightProduct* weight_product_of(const Node& node) {
       {typeid(AddmmBackward0), &kAddmm},
       {typeid(BaddbmmBackward0), &kBaddbmm},
       {typeid(AddbmmBackward0), &kAddbmm},
+      {typeid(generated::GroupedMmBackward0), &kGroupedMm},
       {typeid(generated::ConvolutionBackward0), &kConvolution},
       {typeid(generated::ConvolutionOverrideableBackward0), &kConvolutionOverrideable},
       {typeid(generated::LinearBackward0), &kLinear},

@@ -5,8 +5,8 @@
 namespace pp_runtime {
 
 /// A kind of node that is worth running twice: its input gradient and its weight gradient are separate products, each
-/// about as large as the forward, and share no work. Matrix products and convolutions are; everything else is run whole in I,
-/// because its weight gradients are small and come with, or cost less than, its input gradients.
+/// about as large as the forward, and share no work. Matrix products and convolutions are; everything else is run whole
+/// in I, because its weight gradients are small and come with, or cost less than, its input gradients.
 struct WeightProduct {
   /// Whether the output with this index is one of the two products (a bias gradient is not).
   bool (*is_product)(size_t output);

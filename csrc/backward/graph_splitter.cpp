@@ -1,0 +1,111 @@
+#include "graph_splitter.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "weight_products.h"
+
+namespace pp_runtime {
+
+using torch::autograd::Edge;
+using torch::autograd::edge_list;
+using torch::autograd::Node;
+
+void GraphSplitter::add_input(Node* input, Node* stand_in) { places_[input] = {true, stand_in}; }
+
+void GraphSplitter::visit(Node* root) {
+  const auto enter = [this](Node* node) {
+    // A leaf that is no input needs no entry: what is unknown is on the weight side.
+    if (node->num_outputs() > 0 && places_.emplace(node, Place{}).second) {
+      path_.push_back({node, 0});
+      return true;
+    }
+    return false;
+  };
+  enter(root);
+  while (!path_.empty()) {
+    Step& step = path_.back();
+    const edge_list& edges = step.node->next_edges();
+    bool entered = false;
+    while (!entered && step.next_child < edges.size()) {
+      const Edge& edge = edges[step.next_child++];
+      entered = edge.is_valid() && enter(edge.function.get());
+    }
+    if (!entered) {
+      settle(*path_.back().node);
+      path_.pop_back();
+    }
+  }
+}
+
+bool GraphSplitter::redirect(Edge& edge) const {
+  const auto place = places_.find(edge.function.get());
+  if (place == places_.end() || !place->second.on_input_side) {
+    return false;
+  }
+  if (place->second.stand_in != nullptr && place->second.stand_in != edge.function.get()) {
+    edge.function = place->second.stand_in->getptr();
+  }
+  return true;
+}
+
+void GraphSplitter::settle(Node& node) {
+  edge_list& edges = node.next_edges();
+  on_weight_side_.assign(edges.size(), 0);
+  bool has_input_edge = false;
+  bool has_weight_edge = false;
+  for (size_t i = 0; i < edges.size(); ++i) {
+    if (edges[i].is_valid()) {
+      const bool leads_to_input = redirect(edges[i]);
+      has_input_edge |= leads_to_input;
+      has_weight_edge |= !leads_to_input;
+      on_weight_side_[i] = !leads_to_input;
+    }
+  }
+  if (has_input_edge) {
+    Place& place = places_[&node];
+    place.on_input_side = true;
+    if (has_weight_edge) {
+      place.stand_in = halve(node);
+    }
+  }
+}
+
+Node* GraphSplitter::halve(Node& node) {
+  edge_list& edges = node.next_edges();
+  const WeightProduct* product = node.post_hooks().empty() ? weight_product_of(node) : nullptr;
+  bool worth_splitting = false;
+  for (size_t i = 0; product != nullptr && i < edges.size(); ++i) {
+    worth_splitting |= on_weight_side_[i] && product->is_product(i);
+  }
+  if (worth_splitting) {
+    edge_list input_edges(edges.size());
+    edge_list weight_edges(edges.size());
+    for (size_t i = 0; i < edges.size(); ++i) {
+      (on_weight_side_[i] ? weight_edges : input_edges)[i] = std::move(edges[i]);
+    }
+    auto split =
+        c10::make_intrusive<SplitNode>(node.getptr(), *product, std::move(input_edges), std::move(weight_edges));
+    if (split->has_hooks()) {
+      replaced_.push_back(&node);
+    }
+    halves_.push_back(std::move(split));
+    return halves_.back().get();
+  }
+  edge_list weight_edges;
+  for (size_t i = 0; i < edges.size(); ++i) {
+    if (on_weight_side_[i]) {
+      weight_edges.push_back(std::move(edges[i]));
+    }
+  }
+  auto keep = c10::make_intrusive<KeepNode>(node.sequence_nr(), std::move(weight_edges));
+  for (size_t i = 0, kept = 0; i < edges.size(); ++i) {
+    if (on_weight_side_[i]) {
+      edges[i] = Edge(keep, kept++);
+    }
+  }
+  halves_.push_back(std::move(keep));
+  return nullptr;
+}
+
+}  // namespace pp_runtime

@@ -1,0 +1,91 @@
+#include "split_backward.h"
+
+#include <stdexcept>
+#include <unordered_map>
+#include <utility>
+
+#include "full_backward.h"
+#include "graph_splitter.h"
+#include "half_nodes.h"
+
+namespace pp_runtime {
+
+using torch::autograd::Edge;
+using torch::autograd::edge_list;
+
+namespace {
+
+/// Runs the input side and returns what is left. The splitter knows the inputs.
+std::unique_ptr<WeightHalf> run_input_half(GraphSplitter splitter, Roots roots) {
+  Roots input_roots;
+  Roots weight_roots;
+  for (size_t i = 0; i < roots.edges.size(); ++i) {
+    splitter.visit(roots.edges[i].function.get());
+    Roots& side = splitter.redirect(roots.edges[i]) ? input_roots : weight_roots;
+    side.edges.push_back(std::move(roots.edges[i]));
+    side.grads.push_back(std::move(roots.grads[i]));
+  }
+  if (!input_roots.edges.empty()) {
+    StartNode::execute(std::move(input_roots), /*keep_graph=*/false, splitter.take_replaced());
+  }
+  std::vector<c10::intrusive_ptr<HalfNode>> halves = splitter.take_halves();
+  for (const auto& half : halves) {
+    half->begin_weight_half();
+  }
+  return std::make_unique<WeightHalf>(std::move(halves), std::move(weight_roots));
+}
+
+}  // namespace
+
+WeightHalf::WeightHalf(std::vector<c10::intrusive_ptr<HalfNode>> halves, Roots roots)
+    : halves_(std::move(halves)), roots_(std::move(roots)) {}
+
+WeightHalf::~WeightHalf() = default;
+
+void WeightHalf::run(bool keep_graph) {
+  if (has_run_) {
+    throw std::runtime_error("This microbatch's weight gradients were computed already: a WeightHalf runs once.");
+  }
+  has_run_ = true;
+  Roots roots = std::move(roots_);
+  for (auto& half : halves_) {
+    roots.edges.emplace_back(std::move(half), 0);
+  }
+  roots.grads.resize(roots.edges.size());
+  halves_.clear();
+  if (!roots.edges.empty()) {
+    StartNode::execute(std::move(roots), keep_graph);
+  }
+}
+
+std::unique_ptr<WeightHalf> input_backward(Roots roots, const std::vector<NodePtr>& input_nodes) {
+  GraphSplitter splitter;
+  for (const NodePtr& node : input_nodes) {
+    splitter.add_input(node.get(), node.get());
+  }
+  if (input_nodes.empty()) {
+    return std::make_unique<WeightHalf>(std::vector<c10::intrusive_ptr<HalfNode>>(), std::move(roots));
+  }
+  return run_input_half(std::move(splitter), std::move(roots));
+}
+
+InputGradients captured_input_backward(Roots roots, const edge_list& inputs) {
+  GraphSplitter splitter;
+  // Several inputs may come from one node (the parts of an unbind).
+  std::unordered_map<torch::autograd::Node*, c10::intrusive_ptr<CaptureNode>> captures;
+  for (const Edge& input : inputs) {
+    auto& capture = captures[input.function.get()];
+    if (!capture) {
+      capture = c10::make_intrusive<CaptureNode>(input.function);
+      splitter.add_input(input.function.get(), capture.get());
+    }
+  }
+  InputGradients result;
+  result.weight_half = run_input_half(std::move(splitter), std::move(roots));
+  for (const Edge& input : inputs) {
+    result.gradients.push_back(captures[input.function.get()]->gradient(input.input_nr));
+  }
+  return result;
+}
+
+}  // namespace pp_runtime
