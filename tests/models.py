@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests import api
 from tests.reference import Batch
 
 WIDTH = 4
@@ -275,6 +276,15 @@ class Untouched(nn.Module):
 
 def untouched(num_stages: int) -> Example:
     return Example([Untouched(last=index == num_stages - 1) for index in range(num_stages)], exact=False)
+
+
+# torch sends contiguous tensors only, and runs a hidden forward at the first step.
+_TORCH_CANNOT = {"masks", "transposed", "in_place", "norms", "dropout"}
+
+
+def usable(names: Iterable[str] = ()) -> list[str]:
+    """Of these models, or of all, the ones that the API under test can run."""
+    return [name for name in names or sorted(MODELS) if not (api.IS_TORCH and name in _TORCH_CANNOT)]
 
 
 MODELS: dict[str, Callable[[int], Example]] = {

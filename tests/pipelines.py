@@ -99,34 +99,74 @@ def backward_orders(schedule: Any) -> dict[int, list[int]]:
     return orders
 
 
-def compare(rank: int, setting: Setting, group: dist.ProcessGroup | None = None, **options: Any) -> list[str]:
-    """Train the pipeline and the plain model side by side; say what of this rank's differs, empty when nothing does."""
-    ranks = dist.get_world_size(group)
-    num_stages = ranks * setting.stages_per_rank
-    example = models.build(setting.model, num_stages)
-    plain, piped = nn.ModuleList(example.stages), copy.deepcopy(example.stages)
-    mine = held_by(rank, setting.schedule, ranks, setting.stages_per_rank)
-    stages = make_stages({index: piped[index] for index in mine}, num_stages, group)
-    schedule = make_schedule(setting.schedule, stages, setting.microbatches, example.loss_fn, **options)
-    optimizers = [optimizer_of(plain), optimizer_of(nn.ModuleList(piped[index] for index in mine))]
-    found: list[str] = []
-    for number in range(setting.steps):
-        batch = example.batch(setting.rows or 2 * setting.microbatches, number)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        orders = backward_orders(schedule)
-        expected = reference.train_step(
-            example.stages, batch, example.loss_fn, setting.microbatches, orders, scale=options.get("scale_grads", True)
+class Twins:
+    """A pipeline, of which this rank holds a part, and the plain model, trained side by side."""
+
+    def __init__(
+        self, rank: int, setting: Setting, group: dist.ProcessGroup | None = None, **schedule_options: Any
+    ) -> None:
+        ranks = dist.get_world_size(group)
+        self.setting, self.num_stages = setting, ranks * setting.stages_per_rank
+        self.example = models.build(setting.model, self.num_stages)
+        self.scale = schedule_options.get("scale_grads", True)
+        piped = copy.deepcopy(self.example.stages)
+        self.plain = nn.ModuleList(self.example.stages)
+        self.mine = {index: piped[index] for index in held_by(rank, setting.schedule, ranks, setting.stages_per_rank)}
+        self.stages = make_stages(self.mine, self.num_stages, group)
+        self.schedule = make_schedule(
+            setting.schedule, self.stages, setting.microbatches, self.example.loss_fn, **schedule_options
         )
-        got = step(schedule, stages, batch)
-        found += differences_of_step(f"step {number}", got, expected, last=num_stages - 1 in mine, exact=example.exact)
-        for index in mine:
-            found += differences_of_modules(f"step {number} stage {index}", piped[index], plain[index], example.exact)
-        for optimizer in optimizers:
+        self.optimizers = [optimizer_of(self.plain), optimizer_of(nn.ModuleList(self.mine.values()))]
+
+    @property
+    def holds_last(self) -> bool:
+        return self.num_stages - 1 in self.mine
+
+    def train(self, name: str, batch: Batch) -> list[str]:
+        """One step and one update on both; say what of this rank's differs."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        expected = reference.train_step(
+            self.example.stages,
+            batch,
+            self.example.loss_fn,
+            self.setting.microbatches,
+            backward_orders(self.schedule),
+            self.scale,
+        )
+        got = step(self.schedule, self.stages, batch)
+        found = differences_of_step(name, got, expected, last=self.holds_last, exact=self.example.exact)
+        found += self.differences(name)
+        for optimizer in self.optimizers:
             optimizer.step()
-    for index in mine:
-        found += differences_of_modules(f"after training, stage {index}", piped[index], plain[index], example.exact)
-    return found
+        return found
+
+    def evaluate(self, name: str, batch: Batch) -> list[str]:
+        """Outputs and losses of both without a backward; gradients must stay as they were."""
+        expected = reference.evaluate(self.example.stages, batch, self.setting.microbatches, self.example.loss_fn)
+        got = step(self.schedule, self.stages, batch, "eval")
+        found = differences_of_step(name, got, expected, last=self.holds_last, exact=self.example.exact)
+        return found + self.differences(name)
+
+    def differences(self, name: str) -> list[str]:
+        """Compare parameters, gradients and buffers."""
+        return [
+            line
+            for index, module in self.mine.items()
+            for line in differences_of_modules(f"{name}, stage {index}", module, self.plain[index], self.example.exact)
+        ]
+
+
+def compare(rank: int, setting: Setting, group: dist.ProcessGroup | None = None, **options: Any) -> list[str]:
+    """Train twins for the setting's steps; say what of this rank's differs, empty when nothing does."""
+    twins = Twins(rank, setting, group, **options)
+    rows = setting.rows or 2 * setting.microbatches
+    found = [
+        line
+        for number in range(setting.steps)
+        for line in twins.train(f"step {number}", twins.example.batch(rows, number))
+    ]
+    return found + twins.differences("after training")
 
 
 def optimizer_of(module: nn.Module) -> torch.optim.Optimizer:

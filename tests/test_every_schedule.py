@@ -1,0 +1,36 @@
+"""Every schedule trains as the unpipelined model does: any ranks, stages a rank and microbatches that it allows."""
+
+import pytest
+
+from tests import api, models, ranks
+from tests.pipelines import EVERY_SCHEDULE, LOOPED, SPLITTING, V_SHAPED, Setting, compare_all, stages_allowed
+
+
+def _counts(count: int) -> list[int]:
+    """Microbatches: 1, p-1, p, p+1, 2p, 4p."""
+    return sorted({1, max(1, count - 1), count, count + 1, 2 * count, 4 * count})
+
+
+@pytest.mark.parametrize("schedule", EVERY_SCHEDULE)
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_equals_the_plain_model(count: int, schedule: str) -> None:
+    settings = [
+        Setting(schedule, microbatches, stages_per_rank)
+        for stages_per_rank in stages_allowed(schedule)
+        for microbatches in _counts(count)
+    ]
+    ranks.run(compare_all, count, settings=settings)
+
+
+_DIFFICULT = ["dropout", "frozen", "masks", "no_parameters", "norms", "routed", "shared", "transformer", "untouched"]
+
+
+@pytest.mark.parametrize("schedule", [*LOOPED, *V_SHAPED])
+def test_equals_the_plain_model_whatever_the_stages(schedule: str) -> None:
+    stages_per_rank = stages_allowed(schedule)[-1]
+    settings = [
+        Setting(schedule, 5, stages_per_rank, model=model)
+        for model in models.usable(_DIFFICULT)
+        if not (api.IS_TORCH and schedule in SPLITTING and model == "frozen")  # torch leaves gradients out
+    ]
+    ranks.run(compare_all, 2, settings=settings)
