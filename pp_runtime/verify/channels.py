@@ -43,8 +43,8 @@ def verify_communication(
 
     Beyond what :func:`verify` asks of the compute actions: every output and gradient that another rank needs is sent
     once, after it is made, and received once, before it is used; each channel's sends and receives stand in one
-    sequence; and no circle of waits exists though nothing is buffered, a receive being posted at its place and waited for
-    by its consumer. Linear in the number of actions.
+    sequence; and no circle of waits exists though nothing is buffered, a receive being posted at its place and waited
+    for by its consumer. Linear in the number of actions.
     """
     check_completeness(order_with_comms, placement, num_microbatches, forward_only=forward_only)
     around = neighbours(len(placement), edges)
