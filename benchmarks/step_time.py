@@ -1,0 +1,267 @@
+"""Step time of pp_runtime beside torch.distributed.pipelining, and how near both come to the schedule's own bound.
+
+    python benchmarks/step_time.py                                      # every schedule that torch has, every size
+    python benchmarks/step_time.py --schedules GPipe 1F1B --sizes linear --csv step.csv --png step.png
+
+Two processes, each pinned to a core with one thread, over gloo. Both libraries run in the same processes on the same
+modules; their steps alternate, which goes first alternates too, and medians are compared. A step is timed from the
+moment when both ranks stand ready to the moment when both are done.
+
+The bound is the makespan of the schedule's order at the times of F, B, I and W of each stage run by itself, both cores
+busy: I is the backward for the inputs alone and W what B takes beyond it, so a bound pays nothing for splitting,
+messages or bookkeeping. Efficiency is bound / step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from step_time_table import Row, heading, line, save_png, write_csv
+
+RANKS = 2
+TORCH_SCHEDULES = (
+    "GPipe",
+    "1F1B",
+    "LoopedBFS",
+    "Interleaved1F1B",
+    "InterleavedZeroBubble",
+    "ZBVZeroBubble",
+    "DualPipeV",
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a stage is, and the shape of one microbatch that goes through it."""
+
+    title: str
+    make: Callable[[], nn.Module]
+    microbatch: tuple[int, ...]
+
+
+def linear_stage() -> nn.Module:
+    """Four small linear layers: next to no work, so a step is all bookkeeping."""
+    return nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
+
+
+def transformer_stage(width: int) -> nn.Module:
+    """Two transformer layers."""
+    layers = (
+        nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        for _ in range(2)
+    )
+    return nn.Sequential(*layers)
+
+
+SIZES = {
+    "linear": Size("4 linear layers, width 16", linear_stage, (4, 16)),
+    "small": Size("2 transformer layers, width 64, length 16", lambda: transformer_stage(64), (4, 16, 64)),
+    "medium": Size("2 transformer layers, width 128, length 64", lambda: transformer_stage(128), (4, 64, 128)),
+}
+
+
+class Pipeline:
+    """One library's schedule over this rank's stages."""
+
+    def __init__(self, library: str, schedule: str, modules: dict[int, nn.Module], count: int, batch: Batch) -> None:
+        if library == "ours":
+            from pp_runtime import PipelineStage
+            from pp_runtime.schedules import PipelineScheduleMulti, get_schedule_class
+        else:
+            from torch.distributed.pipelining import PipelineStage
+            from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
+        group = dist.new_group()  # of its own, so that the two cannot touch each other's messages
+        device = torch.device("cpu")
+        stages = [PipelineStage(module, i, count, device, group=group) for i, module in modules.items()]
+        schedule_class = get_schedule_class(schedule)
+        takes_many = issubclass(schedule_class, PipelineScheduleMulti)
+        self._schedule = schedule_class(
+            stages if takes_many else stages[0], batch.microbatches, loss_fn=nn.functional.mse_loss
+        )
+        self._args = (batch.x,) if 0 in modules else ()
+        self._target = batch.y if count - 1 in modules else None
+
+    def step(self) -> None:
+        losses: list[torch.Tensor] | None = [] if self._target is not None else None
+        self._schedule.step(*self._args, target=self._target, losses=losses, return_outputs=False)
+
+
+class Batch:
+    """Inputs and targets of a step."""
+
+    def __init__(self, size: Size, microbatches: int) -> None:
+        rows, *rest = size.microbatch
+        self.microbatches = microbatches
+        self.x = torch.randn(rows * microbatches, *rest)
+        self.y = torch.randn(rows * microbatches, *rest)
+
+
+def timed_step(pipeline: Pipeline) -> tuple[float, float]:
+    """When this rank began and ended a step that all ranks begin together; ranks of one host share the clock."""
+    dist.barrier()
+    begin = time.monotonic()
+    pipeline.step()
+    return begin, time.monotonic()
+
+
+def median_steps(pipelines: Sequence[Pipeline], rounds: int) -> list[float]:
+    """The median step of each pipeline in seconds; their steps alternate."""
+    for pipeline in pipelines:
+        for _ in range(3):
+            pipeline.step()
+    moments: list[list[tuple[float, float]]] = [[] for _ in pipelines]
+    for turn in range(rounds):
+        numbers = range(len(pipelines))
+        for i in reversed(numbers) if turn % 2 else numbers:
+            moments[i].append(timed_step(pipelines[i]))
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, moments)
+    medians = []
+    for i in range(len(pipelines)):
+        spans = [
+            max(end for _, end in ranks) - max(begin for begin, _ in ranks)
+            for ranks in zip(*(theirs[i] for theirs in everyones), strict=True)
+        ]
+        medians.append(statistics.median(spans))
+    return medians
+
+
+def seconds_of(work: Callable[[], None], repeats: int = 15) -> float:
+    """The median time of some work."""
+    times = []
+    for turn in range(repeats + 3):
+        begin = time.monotonic()
+        work()
+        if turn >= 3:
+            times.append(time.monotonic() - begin)
+    return statistics.median(times)
+
+
+def stage_times(module: nn.Module, size: Size, first: bool, last: bool) -> dict[str, float]:
+    """F, B, I and W of a stage by itself; the last one's F has the loss, the first one's I nothing to do."""
+    x = torch.randn(size.microbatch).requires_grad_(not first)
+    y = torch.randn(size.microbatch)
+    parameters = list(module.parameters())
+
+    def forward() -> torch.Tensor:
+        out = module(x)
+        return nn.functional.mse_loss(out, y) if last else out
+
+    def backward(wanted: list[torch.Tensor]) -> float:
+        # Only what leads to a tensor that wants a gradient is in the graph, as it is in a split backward.
+        for parameter in parameters:
+            parameter.requires_grad_(any(parameter is one for one in wanted))
+        gradient = torch.ones(()) if last else torch.randn(size.microbatch)
+        graphs = [forward() for _ in range(18)]
+        taken = seconds_of(lambda: torch.autograd.backward(graphs.pop(), gradient))
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        return taken
+
+    dist.barrier()
+    whole = backward(parameters)
+    inputs = 0.0 if first else min(whole, backward([]))
+    for parameter in parameters:
+        parameter.grad = None
+    return {"F": seconds_of(lambda: None if forward() is None else None), "I": inputs, "W": whole - inputs, "B": whole}
+
+
+def bound(schedule: str, modules: dict[int, nn.Module], count: int, microbatches: int, size: Size) -> float:
+    """The makespan in seconds of the schedule's order at the stages' own times."""
+    from pp_runtime.costs import Costs
+    from pp_runtime.schedules.catalogue import build_order
+    from pp_runtime.simulate import simulate
+
+    mine = {i: stage_times(module, size, i == 0, i == count - 1) for i, module in modules.items()}
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine)
+    of_stage = {i: times for theirs in everyones for i, times in theirs.items()}
+    costs = Costs.from_mapping({kind: [of_stage[i][kind] for i in range(count)] for kind in "FIWB"})
+    order, placement = build_order(schedule, RANKS, count, microbatches)
+    return simulate(order, costs, placement=placement).makespan
+
+
+def measure(name: str, schedule: str, microbatches: int, rounds: int) -> Row:
+    """One line of the table; called on every rank."""
+    from pp_runtime.schedules.catalogue import ORDERS
+    from pp_runtime.schedules.placement import stages_of_rank
+
+    size, spec = SIZES[name], ORDERS[schedule]
+    count = RANKS * (spec.stages_per_rank_allowed[0] if spec.stages_per_rank_allowed else 2)
+    modules = {i: size.make() for i in stages_of_rank(spec.placement(RANKS, count), dist.get_rank())}
+    batch = Batch(size, microbatches)
+    libraries = ["ours", "torch"] if schedule in TORCH_SCHEDULES else ["ours"]
+    pipelines = [Pipeline(library, schedule, modules, count, batch) for library in libraries]
+    ours, *others = median_steps(pipelines, rounds)
+    theirs = others[0] if others else None
+    least = bound(schedule, modules, count, microbatches, size)
+    return Row(
+        size=name,
+        schedule=schedule,
+        microbatches=microbatches,
+        ours_ms=ours * 1e3,
+        torch_ms=theirs and theirs * 1e3,
+        torch_over_ours=theirs and theirs / ours,
+        bound_ms=least * 1e3,
+        efficiency=least / ours,
+        torch_efficiency=theirs and least / theirs,
+    )
+
+
+def work(rank: int, flags: argparse.Namespace, store: str) -> None:
+    """One rank: measure every line, and print them on rank 0."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    torch.set_num_threads(1)
+    torch.manual_seed(rank)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    rows = []
+    if rank == 0:
+        print(heading(RANKS, len(cores), flags.microbatches, flags.rounds), flush=True)
+    for name in flags.sizes:
+        for schedule in flags.schedules:
+            rows.append(measure(name, schedule, flags.microbatches, flags.rounds))
+            if rank == 0:
+                print(line(rows[-1]), flush=True)
+    if rank == 0 and flags.csv:
+        write_csv(rows, flags.csv)
+    if rank == 0 and flags.png:
+        save_png(rows, {name: size.title for name, size in SIZES.items()}, flags.png)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def parse_flags() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--schedules", nargs="+", default=TORCH_SCHEDULES, metavar="NAME", help="also those torch lacks"
+    )
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--microbatches", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=41, help="timed steps of each library")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--png", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, args=(parse_flags(), f"{folder}/store"), nprocs=RANKS)
