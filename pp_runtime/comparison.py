@@ -94,7 +94,7 @@ def compare(
     rows: list[Row] = []
     refused: dict[str, str] = {}
     for name, spec in ORDERS.items():
-        if spec.forward_only:
+        if spec.forward_only or name == "Auto":
             continue
         stages = _stages_for(spec, num_ranks, num_stages)
         try:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from .palette import COMMUNICATION, LOOKS, WAITING, chunks, microbatch_label
+from .palette import COMMUNICATION, LOOKS, WAITING, microbatch_label, stage_places
 from .timeline import Timeline
 
 
@@ -16,18 +16,18 @@ def write_html(path: str | Path, timelines: Mapping[str, Timeline], *, title: st
     shown = {name: timeline.from_zero() for name, timeline in timelines.items()}
     ranks = sorted({rank for timeline in shown.values() for rank in timeline.ranks})
     rows = {(rank, name): place for place, (rank, name) in enumerate((r, n) for r in ranks for n in shown)}
-    stage_chunks = chunks(shown.values())
+    places = stage_places(shown.values())
     bars = []
     for name, timeline in shown.items():
         for span in timeline.spans:
             action = span.parsed()
             stage = (action.sub_actions or (action,))[0].stage_index
-            colour = LOOKS[span.kind].shade(stage_chunks.get(stage, 0))
+            colour = LOOKS[span.kind].shade(places.get(stage, 0))
             thin = int(span.kind in COMMUNICATION)
             label = "" if thin else microbatch_label(span)
             bars.append([rows[span.rank, name], span.start, span.end, span.waited, colour, label, span.action, thin])
     kinds = {span.kind for timeline in shown.values() for span in timeline.spans}
-    legend = {LOOKS[kind].words: LOOKS[kind].shade(0) for kind in LOOKS if kind in kinds} | {"waiting": WAITING}
+    legend = {LOOKS[kind].words: LOOKS[kind].shade() for kind in LOOKS if kind in kinds} | {"waiting": WAITING}
     data = {
         "rows": [f"rank {rank}" if len(shown) == 1 else f"rank {rank} {name}" for rank, name in rows],
         "bars": bars,

@@ -10,15 +10,16 @@ from .timeline import Span, Timeline
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How one kind of action is shown: colours of the first and of later stages of a rank, terminal colour, words."""
+    """How one kind of action is shown: colours of the first and of the last stage of a rank, terminal colour, words."""
 
-    shades: tuple[str, str]  # a rank's first stage, its later ones
+    shades: tuple[str, str]
     terminal: int  # of the 256 colours
     words: str
 
-    def shade(self, chunk: int) -> str:
-        """The colour for the rank's stage number ``chunk``, counted from 0."""
-        return self.shades[min(chunk, 1)]
+    def shade(self, place: float = 0.0) -> str:
+        """The colour ``place`` of the way from a rank's first stage, 0, to its last, 1."""
+        first, last = ((int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in self.shades)
+        return "#" + "".join(f"{round(a + (b - a) * place):02x}" for a, b in zip(first, last, strict=True))
 
 
 LOOKS: Mapping[str, Look] = {
@@ -39,15 +40,17 @@ WAITING = "#e6e6e6"
 COMMUNICATION = frozenset({"SEND_F", "SEND_B", "RECV_F", "RECV_B"})
 
 
-def chunks(timelines: Iterable[Timeline]) -> dict[int, int]:
-    """For each stage its place among the stages of its rank, by index."""
+def stage_places(timelines: Iterable[Timeline]) -> dict[int, float]:
+    """For each stage its place among the stages of its rank, from 0 for the first to 1 for the last."""
     held: dict[int, set[int]] = {}
     for timeline in timelines:
         for span in timeline.spans:
             action = span.parsed()
             for part in action.sub_actions or (action,):
                 held.setdefault(span.rank, set()).add(part.stage_index)
-    return {stage: place for stages in held.values() for place, stage in enumerate(sorted(stages))}
+    return {
+        stage: place / max(1, len(stages) - 1) for stages in held.values() for place, stage in enumerate(sorted(stages))
+    }
 
 
 def microbatch_label(span: Span) -> str:

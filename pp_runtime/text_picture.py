@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
-from .palette import COMMUNICATION, LOOKS, action_label, chunks
+from .palette import COMMUNICATION, LOOKS, action_label, stage_places
 from .timeline import Span, Timeline
 
 
@@ -17,7 +17,7 @@ def text_picture(timeline: Timeline, width: int = 100, colour: bool = False) -> 
     shown = [span for span in timeline.from_zero().spans if span.kind not in COMMUNICATION and span.end > span.start]
     if not shown:
         return "nothing runs"
-    several = max(chunks([timeline]).values()) > 0
+    several = max(stage_places([timeline]).values()) > 0
     scale = _characters_a_unit(shown, several)
     rows: dict[int, list[tuple[int, int, Span]]] = {rank: [] for rank in timeline.ranks}
     for span in sorted(shown, key=lambda span: span.start):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .palette import COMMUNICATION, LOOKS, WAITING, chunks, microbatch_label
+from .palette import COMMUNICATION, LOOKS, WAITING, microbatch_label, stage_places
 from .timeline import Span, Timeline
 
 _BAR = 0.86  # height of a bar, of a row of 1
@@ -35,12 +35,12 @@ def draw(path: str | Path, timelines: Mapping[str, Timeline], *, title: str = ""
     figure = figure_class(figsize=(width, height), dpi=_DOTS_AN_INCH)
     canvas_class(figure)
     axes = figure.add_axes((0.95 / width, 1.0 / height, 1 - 1.1 / width, 0.34 * len(rows) / height))
-    stage_chunks = chunks(shown.values())
+    places = stage_places(shown.values())
     points_a_unit = (width - 1.1) * 72 / length
     for name, timeline in shown.items():
-        _draw_timeline(axes, timeline, {rank: rows[rank, name] for rank in timeline.ranks}, stage_chunks, points_a_unit)
+        _draw_timeline(axes, timeline, {rank: rows[rank, name] for rank in timeline.ranks}, places, points_a_unit)
     _draw_frame(axes, rows, len(shown), length, unit, title)
-    _draw_legend(figure, patch_class, shown, stage_chunks)
+    _draw_legend(figure, patch_class, shown, places)
     figure.savefig(path)
 
 
@@ -65,7 +65,7 @@ def _width(timelines: Mapping[str, Timeline]) -> float:
 
 
 def _draw_timeline(
-    axes: Any, timeline: Timeline, row_of: Mapping[int, int], stage_chunks: Mapping[int, int], points_a_unit: float
+    axes: Any, timeline: Timeline, row_of: Mapping[int, int], places: Mapping[int, float], points_a_unit: float
 ) -> None:
     """All bars of one colour and row are one drawing call, so that large timelines stay drawable."""
     bars: dict[tuple[str, float, float], list[tuple[float, float]]] = defaultdict(list)
@@ -75,13 +75,13 @@ def _draw_timeline(
             bars[WAITING, row - _BAR / 4, _BAR / 2].append((span.start, span.waited))
         start = span.start + span.waited
         if span.kind in COMMUNICATION:
-            bars[LOOKS[span.kind].shade(0), row - _BAR / 4, _BAR / 2].append((start, span.worked))
+            bars[LOOKS[span.kind].shade(), row - _BAR / 4, _BAR / 2].append((start, span.worked))
             continue
         parts = span.parsed().sub_actions or (span.parsed(),)
         height = _BAR / len(parts)
         for place, part in enumerate(parts):
             look = LOOKS[part.computation_type.value]
-            colour = look.shade(stage_chunks.get(part.stage_index, 0))
+            colour = look.shade(places.get(part.stage_index, 0))
             bars[colour, row - _BAR / 2 + place * height, height].append((start, span.worked))
         _draw_label(axes, span, row, points_a_unit)
     for (colour, bottom, height), pieces in bars.items():
@@ -120,15 +120,13 @@ def _draw_frame(
         axes.set_title(title, fontsize=10, loc="left")
 
 
-def _draw_legend(
-    figure: Any, patch_class: Any, timelines: Mapping[str, Timeline], stage_chunks: Mapping[int, int]
-) -> None:
+def _draw_legend(figure: Any, patch_class: Any, timelines: Mapping[str, Timeline], places: Mapping[int, float]) -> None:
     """Below the time axis, outside the rows."""
     spans = [span for timeline in timelines.values() for span in timeline.spans]
     kinds = {part.computation_type.value for span in spans for part in span.parsed().sub_actions or (span.parsed(),)}
-    patches = {LOOKS[kind].words: LOOKS[kind].shade(0) for kind in LOOKS if kind in kinds}
-    if max(stage_chunks.values(), default=0) > 0:
-        patches["lighter: a rank's later stages"] = LOOKS["F"].shade(1)
+    patches = {LOOKS[kind].words: LOOKS[kind].shade() for kind in LOOKS if kind in kinds}
+    if max(places.values(), default=0) > 0:
+        patches["lighter: a rank's later stages"] = LOOKS["F"].shade(1.0)
     if any(span.waited > 0 for span in spans):
         patches["waiting for a message"] = WAITING
     figure.legend(

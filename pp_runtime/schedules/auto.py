@@ -75,7 +75,7 @@ def _require_cap(placement: Placement, num_stages: int, memory_cap: int | None) 
 def _named_orders(num_ranks: int, num_stages: int, num_microbatches: int) -> Iterator[tuple[Order, Placement]]:
     """Every named training order that allows these counts."""
     for spec in ORDERS.values():
-        if spec.forward_only:
+        if spec.forward_only or spec.name == "Auto":
             continue
         try:
             order, placement = (

@@ -1,0 +1,247 @@
+"""The command line: show, compare, verify, simulate and convert orders."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .comparison import compare
+from .costs import Costs
+from .csv_files import dump_order, load_order
+from .html_page import write_html
+from .ir import Action, Order, Placement, from_torch_form, leaves, microbatch_count, placement_of, to_torch_form
+from .network import has_communication
+from .passes.communication import insert_communication
+from .passes.data_parallel import insert_reduce_grad, insert_unshard
+from .schedules.auto import auto
+from .schedules.catalogue import ORDERS, build_order
+from .simulate import Simulation, simulate
+from .text_picture import text_picture
+from .timeline import Timeline
+from .traces import write_chrome
+from .verify import verify, verify_communication
+from .visualize import draw
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 if all is well, 1 if the order or file is not, 2 if the command line is not."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader, such as head, has seen enough
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _show(options: argparse.Namespace) -> None:
+    name = _schedule_name(options.schedule)
+    stages = options.stages or options.ranks * _fewest_stages(name)
+    costs = _costs(options)
+    order: Order
+    if name == "Auto":
+        order = auto(options.ranks, stages, options.microbatches, costs, options.cap)
+    else:
+        order, _ = build_order(name, options.ranks, stages, options.microbatches)
+    title = f"{name}, {options.ranks} ranks, {stages} stages, {options.microbatches} microbatches"
+    _present(simulate(order, costs), title, options)
+    if options.csv:
+        dump_order(options.csv, to_torch_form(order))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    stages = options.stages or 2 * options.ranks
+    print(
+        compare(
+            options.ranks,
+            stages,
+            options.microbatches,
+            _costs(options),
+            memory_cap=options.cap,
+            with_auto=not options.no_auto,
+        ).table()
+    )
+
+
+def _verify(options: argparse.Namespace) -> None:
+    order, placement = _load(options)
+    count = _verify_order(order, placement, options.microbatches)
+    actions = sum(map(len, order.values()))
+    print(
+        f"{options.file}: right: {len(order)} ranks, {len(placement)} stages, {count} microbatches, {actions} actions; "
+        f"every action once, after what it needs, and no deadlock even without buffers."
+    )
+
+
+def _simulate(options: argparse.Namespace) -> None:
+    order, placement = _load(options)
+    _verify_order(order, placement, options.microbatches)
+    _present(simulate(order, _costs(options), placement=placement), str(options.file), options)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    order, placement = _load(options)
+    if has_communication(order):
+        raise ValueError(f"{options.file} has its sends and receives already.")
+    _verify_order(order, placement, options.microbatches)
+    if options.unshard is not None:
+        order = insert_unshard(order, options.unshard)
+    if options.reduce_grad:
+        order = insert_reduce_grad(order)
+    order = insert_communication(order, placement, backward=not _is_forward_only(order))
+    if options.output is None:
+        sys.stdout.writelines(",".join(map(str, order[rank])) + "\r\n" for rank in sorted(order))
+    else:
+        dump_order(options.output, order)
+
+
+def _load(options: argparse.Namespace) -> tuple[Order, Placement]:
+    order = from_torch_form(load_order(options.file, options.format))
+    return order, placement_of(order)
+
+
+def _verify_order(order: Order, placement: Placement, microbatches: int | None) -> int:
+    count = microbatches or microbatch_count(order)
+    check = verify_communication if has_communication(order) else verify
+    check(order, placement, count, forward_only=_is_forward_only(order))
+    return count
+
+
+def _is_forward_only(order: Mapping[int, Sequence[Action]]) -> bool:
+    return not any(
+        part.computation_type.value in ("B", "I", "W") for actions in order.values() for part in leaves(actions)
+    )
+
+
+def _present(played: Simulation, title: str, options: argparse.Namespace) -> None:
+    """The picture in the terminal, the numbers below it, and the files that were asked for."""
+    plan = played.timeline()
+    timelines = {"planned": plan}
+    if options.measured:
+        timelines["measured"] = Timeline.from_chrome(options.measured)
+    unit = "s" if options.measured or str(options.costs or "").endswith(".json") else ""
+    if not options.quiet:
+        colour = sys.stdout.isatty() if options.colour is None else options.colour
+        print(text_picture(plan, options.width or shutil.get_terminal_size((100, 24)).columns, colour))
+    print(title)
+    print(_numbers(played))
+    for path in (options.png, options.svg):
+        if path:
+            draw(path, timelines, title=title, unit=unit)
+    if options.html:
+        write_html(options.html, timelines, title=title, unit=unit)
+    if options.perfetto:
+        write_chrome(options.perfetto, timelines, 1e6 if unit else 1e3)
+
+
+def _numbers(played: Simulation) -> str:
+    ranks = sorted(played.order)
+    lines = [
+        f"makespan {played.makespan:.6g}, bubble {played.bubble:.1%}, step after step {played.repeated_bubble:.1%}",
+        f"{'rank':>6} {'busy':>10} {'idle':>10} {'activations':>12} {'slots':>6}",
+    ]
+    lines += [
+        f"{rank:>6} {played.busy(rank):>10.4g} {played.idle(rank):>10.4g} {played.activations[rank]:>12.4g} "
+        f"{played.slots[rank]:>6}"
+        for rank in ranks
+    ]
+    return "\n".join(lines)
+
+
+def _costs(options: argparse.Namespace) -> Costs:
+    if options.costs:
+        return Costs.read(options.costs)
+    if getattr(options, "measured", None):
+        return Timeline.from_chrome(options.measured).costs()
+    return Costs()
+
+
+def _schedule_name(text: str) -> str:
+    """The name as the catalogue has it, whatever its case and with or without "Schedule" before it."""
+    names = {name.lower(): name for name in (*ORDERS, "Auto")}
+    name = names.get(text.lower().removeprefix("schedule"))
+    if name is None:
+        raise ValueError(f"'{text}' is not a schedule; the schedules are {', '.join(names.values())}.")
+    return name
+
+
+def _fewest_stages(name: str) -> int:
+    allowed = ORDERS[name].stages_per_rank_allowed if name in ORDERS else None
+    return allowed[0] if allowed else 1 if name in ("Auto", "ForwardOnly") else 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m pp_runtime", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    show = _command(commands, "show", _show, "draw the order of a schedule")
+    show.add_argument("schedule", help=f"one of {', '.join(ORDERS)}, Auto")
+    _add_setting(show)
+    show.add_argument("--cap", type=int, help="Auto: activations a rank may hold, one for each forward of a stage")
+    show.add_argument("--csv", type=Path, metavar="FILE", help="write the order as torch's compute-only CSV")
+    _add_pictures(show)
+    comparing = _command(commands, "compare", _compare, "simulate all schedules for one model")
+    _add_setting(comparing)
+    comparing.add_argument(
+        "--cap", type=float, help="leave out what keeps more activations than this, as the table counts"
+    )
+    comparing.add_argument("--no-auto", action="store_true", help="named schedules only")
+    checking = _command(commands, "verify", _verify, "check the order in a CSV file")
+    _add_file(checking)
+    playing = _command(commands, "simulate", _simulate, "check, simulate and draw the order in a CSV file")
+    _add_file(playing)
+    _add_costs(playing)
+    _add_pictures(playing)
+    converting = _command(commands, "convert", _convert, "add sends and receives to a compute-only CSV file")
+    _add_file(converting)
+    converting.add_argument("output", type=Path, nargs="?", help="the file to write; without it, standard output")
+    converting.add_argument("--unshard", type=int, metavar="N", help="gather sharded weights, N stages at a time")
+    converting.add_argument(
+        "--reduce-grad", action="store_true", help="reduce each stage's gradients after its last use"
+    )
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction, name: str, run: object, words: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=words, description=words[0].upper() + words[1:] + "."
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_setting(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--ranks", type=int, required=True)
+    command.add_argument("--stages", type=int, help="of the whole model; without it, as few as the schedule takes")
+    command.add_argument("--microbatches", type=int, required=True)
+    _add_costs(command)
+
+
+def _add_costs(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--costs",
+        help="F=1,I=1,W=1,B=2,transfer=0.1, one a stage as W=1/2/1; or a JSON file of these or a trace of a run",
+    )
+
+
+def _add_file(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", type=Path, help="a row a rank, in either of torch's formats")
+    command.add_argument("--format", choices=("compute_only", "compute_comms"), help="without it, either")
+    command.add_argument("--microbatches", type=int, help="that the order must have; without it, as many as it names")
+
+
+def _add_pictures(command: argparse.ArgumentParser) -> None:
+    for kind in ("png", "svg", "html", "perfetto"):
+        command.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"write the timeline as {kind}")
+    command.add_argument("--measured", metavar="TRACE", help="a trace of a run, drawn beside the plan (and its costs)")
+    command.add_argument("--width", type=int, help="characters a line; without it, the terminal's")
+    command.add_argument("--colour", action=argparse.BooleanOptionalAction, help="without it, in terminals")
+    command.add_argument("--quiet", action="store_true", help="no picture in the terminal")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
