@@ -1,0 +1,108 @@
+"""What the ranks of a pipeline tell each other before their first step, through the process group's store.
+
+    claim    what each rank holds and means to run; compared, so that a mistake is an error on every rank
+    reach    which ranks' memory each rank can read, so that both ends of a channel choose the same transport
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from . import _C
+from .errors import PipelineError, PipelineUsageError
+
+_serials: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What one rank says of itself. Every field but ``stages`` must be the same on all ranks."""
+
+    stages: tuple[int, ...]
+    num_stages: int
+    num_microbatches: int
+    placement: tuple[int, ...]
+    has_backward: bool
+    order: str
+
+
+class Agreement:
+    """The store as the ranks of one runtime use it. Runtimes of one group are numbered in the order of their making."""
+
+    def __init__(self, group: dist.ProcessGroup | None, deadline: float) -> None:
+        process_group = group if group is not None else dist.group.WORLD
+        serial = _serials.get(process_group, 0)
+        _serials[process_group] = serial + 1
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self._prefix = f"pp_runtime/{serial}"
+        store = dist.distributed_c10d._get_process_group_store(process_group)
+        # A clone has a connection of its own: a look at the failure key never stands behind somebody's blocking get.
+        self._store = store.clone()
+        self._deadline = deadline
+        self.watch = _C.Watch(store.clone(), f"{self._prefix}/failure", deadline)
+
+    def exchange(self, topic: str, own: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Every rank's word on the topic, in rank order. Raises where a rank failed before it said anything."""
+        self._store.set(self._key(topic, self.rank), json.dumps(own))
+        since = time.monotonic()
+        pause = 0.0005
+        for rank in range(self.size):
+            while not self._store.check([self._key(topic, rank)]):
+                self._look(topic, rank, since)
+                time.sleep(pause)
+                pause = min(2 * pause, 0.02)
+        return [json.loads(self._store.get(self._key(topic, rank))) for rank in range(self.size)]
+
+    def _key(self, topic: str, rank: int) -> str:
+        return f"{self._prefix}/{topic}/{rank}"
+
+    def _look(self, topic: str, rank: int, since: float) -> None:
+        record = self.watch.failure()
+        if record:
+            raise _C.PeerFailed(record)
+        waited = time.monotonic() - since
+        if waited > self._deadline:
+            raise PipelineError(
+                f"rank {self.rank} waited {waited:.1f} s for rank {rank} to begin its first step ({topic}): call step() on every rank of the group",
+                rank=rank,
+            )
+
+
+def check_claims(claims: list[Claim]) -> None:
+    """Raise, alike on every rank, where the claims do not make one pipeline."""
+    first = claims[0]
+    holders: dict[int, int] = {}
+    for rank, claim in enumerate(claims):
+        _check_same(rank, "num_stages", claim.num_stages, first.num_stages)
+        _check_same(rank, "n_microbatches", claim.num_microbatches, first.num_microbatches)
+        for stage in claim.stages:
+            other = holders.setdefault(stage, rank)
+            if other != rank:
+                raise PipelineUsageError(
+                    f"stage {stage} is claimed by rank {other} and by rank {rank}: give each stage index to one rank"
+                )
+    missing = sorted(set(range(first.num_stages)) - set(holders))
+    if missing:
+        raise PipelineUsageError(f"no rank holds stage {missing[0]}: each of the {first.num_stages} stages needs a rank")
+    for rank, claim in enumerate(claims):
+        for stage in claim.stages:
+            if claim.placement[stage] != rank:
+                raise PipelineUsageError(
+                    f"rank {rank} holds stage {stage}, which the schedule runs on rank {claim.placement[stage]}: "
+                    f"make stage {stage} on rank {claim.placement[stage]}"
+                )
+        _check_same(rank, "having a loss_fn", claim.has_backward, first.has_backward)
+        _check_same(rank, "the schedule's order", claim.order, first.order)
+
+
+def _check_same(rank: int, what: str, value: Any, expected: Any) -> None:
+    if value != expected:
+        raise PipelineUsageError(f"{what} is {value} on rank {rank} and {expected} on rank 0: make it the same on every rank")

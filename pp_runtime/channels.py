@@ -1,0 +1,117 @@
+"""Opens a runtime's channels: shared memory between CPU ranks of one host, c10d between all others."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from . import _C
+from .agreement import Agreement
+from .errors import PipelineUsageError
+from .lowering import Channel
+
+TRANSPORTS = ("auto", "shared_memory", "c10d")
+
+# A wait spins this long before it sleeps, where every rank has a core to itself.
+_SPIN_NS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class OpenChannels:
+    """The ends of this rank's channels, in the order of the program's tables."""
+
+    senders: list[Any]
+    receivers: list[Any]
+
+
+def chosen_transport() -> str:
+    """What the environment variable PP_RUNTIME_TRANSPORT asks for: auto (also when unset), shared_memory or c10d."""
+    chosen = os.environ.get("PP_RUNTIME_TRANSPORT", "auto")
+    if chosen not in TRANSPORTS:
+        raise PipelineUsageError(f"PP_RUNTIME_TRANSPORT is {chosen!r}: choose one of {', '.join(TRANSPORTS)}")
+    return chosen
+
+
+def open_channels(
+    agreement: Agreement,
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+    senders: Sequence[Channel],
+    receivers: Sequence[Channel],
+    credits: Mapping[Channel, int],
+) -> OpenChannels:
+    """Open both tables of channels. Every rank of the group must call it, at the same point."""
+    if agreement.size == 1:
+        return OpenChannels([], [])
+    chosen = chosen_transport()
+    may_share = device.type == "cpu" and chosen != "c10d"
+    token = secrets.randbits(63)
+    visible = _C.Token(token) if may_share else None
+    offered = {
+        channel: _C.SharedSendChannel(credits.get(channel, 2), channel.name, agreement.watch)
+        for channel in senders
+        if may_share
+    }
+    words = agreement.exchange(
+        "offer",
+        {
+            "pid": os.getpid(),
+            "token": str(token),
+            "fd": visible.fd if visible is not None else -1,
+            "cores": sorted(os.sched_getaffinity(0)),
+            "threads": torch.get_num_threads(),
+            "channels": {_key(channel): sender.fd for channel, sender in offered.items()},
+        },
+    )
+    reached = [may_share and _C.Token.matches(word["pid"], word["fd"], int(word["token"])) for word in words]
+    reach = [word["ranks"] for word in agreement.exchange("reach", {"ranks": reached})]
+    shared = [reach[agreement.rank][rank] and reach[rank][agreement.rank] for rank in range(agreement.size)]
+    if chosen == "shared_memory" and not all(shared):
+        raise PipelineUsageError(
+            f"PP_RUNTIME_TRANSPORT=shared_memory, but rank {agreement.rank} does not share memory with rank {shared.index(False)}: "
+            "unset it to let c10d carry what shared memory cannot"
+        )
+    # Every rank works out the same: the ranks on its host are those it shares memory with.
+    spin = _spin_ns([word for word, same_host in zip(words, shared, strict=True) if same_host])
+
+    def sender(channel: Channel) -> Any:
+        if not shared[channel.receiver]:
+            return _c10d_sender(agreement, group, device, channel)
+        offered[channel].connect(channel.receiver, words[channel.receiver]["pid"], spin)
+        return offered[channel]
+
+    def receiver(channel: Channel) -> Any:
+        if not shared[channel.sender]:
+            return _c10d_receiver(agreement, group, device, channel)
+        word = words[channel.sender]
+        fd = word["channels"][_key(channel)]
+        return _C.SharedReceiveChannel(channel.sender, word["pid"], fd, channel.name, agreement.watch, spin)
+
+    opened = OpenChannels([sender(channel) for channel in senders], [receiver(channel) for channel in receivers])
+    # The token and the offers must live until every peer has opened them.
+    agreement.exchange("opened", {})
+    return opened
+
+
+def _key(channel: Channel) -> str:
+    return f"{channel.source}>{channel.destination}{'b' if channel.backward else 'f'}"
+
+
+def _spin_ns(words: Sequence[Mapping[str, Any]]) -> int:
+    """How long to spin: not at all where ranks (with their compute threads) must share cores."""
+    cores = set().union(*(word["cores"] for word in words))
+    return _SPIN_NS if len(words) > 1 and sum(word["threads"] for word in words) <= len(cores) else 0
+
+
+def _c10d_sender(agreement: Agreement, group: dist.ProcessGroup | None, device: torch.device, channel: Channel) -> Any:
+    raise NotImplementedError(channel.name)
+
+
+def _c10d_receiver(agreement: Agreement, group: dist.ProcessGroup | None, device: torch.device, channel: Channel) -> Any:
+    raise NotImplementedError(channel.name)

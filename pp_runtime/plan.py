@@ -1,0 +1,144 @@
+"""What a step will do on every rank: messages placed, order proved, slots counted; then one rank's program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from . import _C
+from .ir import (
+    FORWARD,
+    OVERLAP_F_B,
+    RECV_F,
+    REDUCE_GRAD,
+    RESHARD,
+    SEND_F,
+    UNSHARD,
+    Action,
+    ActionType,
+    Order,
+    Placement,
+)
+from .lowering import Channel, Handler, Lowered, Lowering
+from .passes.communication import insert_communication
+from .passes.credits import peak_messages
+from .passes.data_parallel import insert_reduce_grad, insert_unshard
+from .passes.edges import Edge, adjacent_edges
+
+if TYPE_CHECKING:
+    from .stage import _PipelineStageBase
+
+_FORWARD_ONLY = (FORWARD, SEND_F, RECV_F, UNSHARD, RESHARD)
+# Beyond what is alive at once: one message under way, and one that the receiver may hold when it takes the next.
+_SPARE_CREDITS = 2
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """The edges between stages, with which outputs are which inputs; empty lists are all, in order."""
+
+    edges: tuple[Edge, ...]
+    tensors: Mapping[Edge, tuple[Sequence[int], Sequence[int]]]
+
+    @staticmethod
+    def of(stages: Sequence[_PipelineStageBase]) -> Wiring:
+        """The wiring of the whole pipeline; each traced stage knows all of it."""
+        traced = stages[0].wiring
+        if traced is None:
+            return Wiring(adjacent_edges(stages[0].num_stages), {})
+        tensors = {Edge(e.source, e.destination): (e.outputs, e.inputs) for e in traced.edges}
+        return Wiring(tuple(sorted(tensors)), tensors)
+
+    def core_edges(self) -> list[_C.Edge]:
+        """As the executor reads them."""
+        nothing: tuple[Sequence[int], Sequence[int]] = ((), ())
+        return [
+            _C.Edge(edge.source, edge.destination, *map(list, self.tensors.get(edge, nothing))) for edge in self.edges
+        ]
+
+
+class Plan:
+    """The order of all ranks with its messages. Pure: needs no process group and no other rank."""
+
+    def __init__(
+        self,
+        order: Order,
+        placement: Placement,
+        num_microbatches: int,
+        wiring: Wiring,
+        *,
+        has_backward: bool = True,
+        with_comms: bool = False,
+    ) -> None:
+        self.order = order
+        self.placement = placement
+        self.num_microbatches = num_microbatches
+        self.wiring = wiring
+        self._has_backward = has_backward
+        self._with_comms = with_comms
+
+    @cached_property
+    def with_communication(self) -> Order:
+        """The order with sends, receives, unshards, reshards and reductions."""
+        if self._with_comms:
+            return self.order
+        order = insert_reduce_grad(insert_unshard(self.order)) if self._has_backward else self.order
+        return insert_communication(order, self.placement, self.wiring.edges, backward=self._has_backward)
+
+    @cached_property
+    def forward_only(self) -> Order:
+        """The same order without its backwards: what an evaluation runs."""
+        order = {rank: _forwards(actions) for rank, actions in self.order.items()}
+        return order if self._with_comms else insert_communication(order, self.placement, self.wiring.edges, backward=False)
+
+    def credits(self) -> dict[Channel, int]:
+        """For each channel, how many messages its receiver needs room for."""
+        peaks = peak_messages(self.with_communication, self.placement, self.wiring.edges)
+        return {
+            Channel(edge.source, edge.destination, backward, *self._ends(edge, backward)): peak + _SPARE_CREDITS
+            for (edge, backward), peak in peaks.items()
+        }
+
+    def _ends(self, edge: Edge, backward: bool) -> tuple[int, int]:
+        source, destination = self.placement[edge.source], self.placement[edge.destination]
+        return (destination, source) if backward else (source, destination)
+
+    def lower(self, rank: int, *, training: bool, handlers: Mapping[ActionType, Handler]) -> Lowered:
+        """One rank's program."""
+        order = self.with_communication if training else self.forward_only
+        slots = {stage: slot for slot, stage in enumerate(s for s, r in enumerate(self.placement) if r == rank)}
+        edges = [(edge.source, edge.destination) for edge in self.wiring.edges]
+        return Lowering(rank, self.placement, edges, slots, handlers).lower(order[rank])
+
+
+def handlers_of(
+    stages: Sequence[_PipelineStageBase], custom: Mapping[ActionType, Callable[..., None]]
+) -> dict[ActionType, Handler]:
+    """What is called for actions that Python does: the user's own functions, and those of data-parallel stages."""
+    adapters = {stage.stage_index: adapter for stage in stages if (adapter := stage.adapter()) is not None}
+    handlers: dict[ActionType, Handler] = dict(custom)
+    if adapters:
+        for kind, method in ((UNSHARD, "unshard"), (RESHARD, "reshard"), (REDUCE_GRAD, "reduce_grad")):
+            handlers.setdefault(kind, _adapter_call(adapters, method))
+    return handlers
+
+
+def _adapter_call(adapters: Mapping[int, Any], method: str) -> Handler:
+    def call(action: Action) -> None:
+        adapter = adapters.get(action.stage_index)
+        if adapter is not None:
+            getattr(adapter, method)()
+
+    return call
+
+
+def _forwards(actions: Sequence[Action]) -> list[Action]:
+    kept: list[Action] = []
+    for action in actions:
+        if action.computation_type in _FORWARD_ONLY:
+            kept.append(action)
+        elif action.computation_type is OVERLAP_F_B:
+            kept += [part for part in action.sub_actions or () if part.computation_type is FORWARD]
+    return kept

@@ -1,0 +1,244 @@
+"""Runs a schedule's steps on this rank: plans once, agrees with the other ranks, then hands every step to the C++ executor."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import _C
+from .agreement import Agreement, Claim, check_claims
+from .channels import OpenChannels, open_channels
+from .errors import PipelineError, PipelineModeError
+from .failures import FailureRecord
+from .ir import ActionType, Order, Placement
+from .lowering import Lowered
+from .plan import Plan, Wiring, handlers_of
+from .timeline import Timeline
+
+if TYPE_CHECKING:
+    from .stage import _PipelineStageBase
+
+# Seconds that a rank waits for another before it gives up and names it.
+DEFAULT_DEADLINE = 1800.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step gives this rank: the last stage's, empty on ranks that do not hold it. In microbatch order."""
+
+    outputs: list[Any] | None
+    losses: list[torch.Tensor]
+
+
+class Runtime:
+    """One rank's side of a pipeline.
+
+    Making it talks to nobody. The first step exchanges claims with the other ranks, opens the channels and builds the executors; if that or a step fails on any rank, every rank raises and this
+    runtime is over: the schedule makes a new one for its next step.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[_PipelineStageBase],
+        order: Order,
+        placement: Placement,
+        num_microbatches: int,
+        loss_fn: Callable[..., Any] | None,
+        *,
+        has_backward: bool = True,
+        with_comms: bool = False,
+        custom_functions: Mapping[ActionType, Callable[..., None]] | None = None,
+        schedule: object = None,
+    ) -> None:
+        self._stages = sorted(stages, key=lambda stage: stage.stage_index)
+        self._loss_fn = loss_fn
+        self._has_backward = has_backward
+        self._schedule = schedule
+        self._rank = stages[0].group_rank
+        self._group = stages[0].group
+        self._plan = Plan(
+            order, placement, num_microbatches, Wiring.of(self._stages), has_backward=has_backward, with_comms=with_comms
+        )
+        self._handlers = handlers_of(self._stages, custom_functions or {})
+        self._agreement: Agreement | None = None
+        self._channels: OpenChannels | None = None
+        self._executors: dict[bool, _C.Executor] = {}
+        self._step = 0
+        self._over = False
+        self._recording = False
+        self._last: _C.Executor | None = None
+
+    # Steps
+
+    def step(
+        self,
+        arg_mbs: list[tuple],
+        kwarg_mbs: list[dict],
+        target_mbs: list | None,
+        *,
+        training: bool,
+        return_outputs: bool = True,
+        loss_kwargs: dict | None = None,
+    ) -> StepResult:
+        """Run every microbatch through this rank's part of the order. Raises what failed first, on whichever rank that was."""
+        executor = None
+        try:
+            self._begin()
+            executor = self._last = self._executor(training)
+            executor.run(
+                self._step, arg_mbs, kwarg_mbs, target_mbs, self._loss_fn, loss_kwargs, training, return_outputs
+            )
+        except BaseException as error:
+            raise self._end(error, executor) from error.__cause__
+        self._step += 1
+        holds_last = any(stage.is_last for stage in self._stages)
+        outputs, losses = executor.take_outputs(), executor.take_losses()
+        return StepResult(
+            outputs if holds_last and return_outputs else None, [loss for loss in losses if loss is not None]
+        )
+
+    def refuse(self, error: Exception) -> None:
+        """Tell the other ranks that this one cannot take part in the step, and why."""
+        self._over = True
+        if self._agreement is None:
+            self._agreement = Agreement(self._group, _deadline())
+        self._agreement.watch.publish(FailureRecord.of(error, self._rank).to_text())
+
+    def over(self) -> bool:
+        """Whether a failure ended this runtime."""
+        return self._over
+
+    # Timeline
+
+    @property
+    def record_timeline(self) -> bool:
+        """Whether steps record when each action began and ended."""
+        return self._recording
+
+    @record_timeline.setter
+    def record_timeline(self, enabled: bool) -> None:
+        self._recording = enabled
+        for executor in self._executors.values():
+            executor.set_recording(enabled)
+
+    def timeline(self) -> Timeline:
+        """What this rank did in its last step."""
+        records = [] if self._last is None else self._last.take_trace()
+        return Timeline.from_records(self._rank, [record for record in records if "HAND_" not in record[0]])
+
+    # Beginning and end
+
+    def _begin(self) -> None:
+        if self._over:
+            raise PipelineModeError("an earlier step of this schedule failed: make a new schedule")
+        if self._channels is None:
+            self._open()
+        for stage in self._stages:
+            stage.refresh()
+
+    def _open(self) -> None:
+        if self._agreement is None:
+            self._agreement = Agreement(self._group, _deadline())
+        self._check_claims(self._agreement)
+        lowered = self._lowered(training=self._has_backward)
+        self._tables = lowered.send_channels, lowered.receive_channels
+        self._channels = open_channels(
+            self._agreement,
+            self._group,
+            self._stages[0].device,
+            lowered.send_channels,
+            lowered.receive_channels,
+            self._plan.credits(),
+        )
+        self._executors[self._has_backward] = self._build(lowered)
+
+    def _check_claims(self, agreement: Agreement) -> None:
+        plan = self._plan
+        own = Claim(
+            stages=tuple(stage.stage_index for stage in self._stages),
+            num_stages=self._stages[0].num_stages,
+            num_microbatches=plan.num_microbatches,
+            placement=tuple(plan.placement),
+            has_backward=self._has_backward,
+            order=_fingerprint(plan.order),
+        )
+        words = agreement.exchange("claim", asdict(own))
+        check_claims(
+            [Claim(**{**word, "stages": tuple(word["stages"]), "placement": tuple(word["placement"])}) for word in words]
+        )
+
+    def _lowered(self, *, training: bool) -> Lowered:
+        return self._plan.lower(self._rank, training=training, handlers=self._handlers)
+
+    def _executor(self, training: bool) -> _C.Executor:
+        if training not in self._executors:
+            self._executors[training] = self._build(self._lowered(training=training))
+        return self._executors[training]
+
+    def _build(self, lowered: Lowered) -> _C.Executor:
+        assert self._channels is not None
+        senders = dict(zip(self._tables[0], self._channels.senders, strict=True))
+        receivers = dict(zip(self._tables[1], self._channels.receivers, strict=True))
+        executor = _C.Executor(
+            lowered.numbers,
+            [stage._core for stage in self._stages],
+            self._plan.wiring.core_edges(),
+            [senders[channel] for channel in lowered.send_channels],
+            [receivers[channel] for channel in lowered.receive_channels],
+            lowered.callbacks,
+            lowered.callback_names,
+            self._plan.num_microbatches,
+        )
+        executor.set_recording(self._recording)
+        return executor
+
+    def _end(self, error: BaseException, executor: _C.Executor | None) -> BaseException:
+        """What to raise for an error on this rank, after every other rank was told of it."""
+        self._over = True
+        place = _place(executor)
+        if executor is not None:
+            executor.clear()
+        if isinstance(error, _C.PeerFailed):
+            return FailureRecord.from_text(str(error)).error(waiting_for=place.get("action"))
+        if self._agreement is None:
+            return error
+        own = FailureRecord.of(error, self._rank, **place)
+        standing = FailureRecord.from_text(self._agreement.watch.publish(own.to_text()))
+        if isinstance(error, (_C.PeerLost, _C.WaitedTooLong)):
+            return standing.error(waiting_for=place.get("action"))
+        if place and not isinstance(error, PipelineError):
+            facts = ", ".join(f"{name} {value}" for name, value in place.items() if value is not None)
+            error.add_note(f"pp_runtime: on rank {self._rank}, {facts}")
+        return error
+
+
+def _place(executor: _C.Executor | None) -> dict[str, Any]:
+    """Stage, microbatch and action of the instruction that an executor stopped at."""
+    if executor is None or executor.position < 0:
+        return {}
+    position = executor.position
+    stage, microbatch = executor.stage_index_of(position), executor.microbatch_of(position)
+    return {
+        "stage": stage if stage >= 0 else None,
+        "microbatch": microbatch if microbatch >= 0 else None,
+        "action": executor.text_of(position),
+    }
+
+
+def _deadline() -> float:
+    return float(os.environ.get("PP_RUNTIME_DEADLINE", DEFAULT_DEADLINE))
+
+
+def _fingerprint(order: Order) -> str:
+    """The same for the same order, on every rank; of very long orders only the ends are read."""
+    digest = 0
+    for rank in sorted(order):
+        actions = order[rank]
+        text = f"{rank}:{len(actions)}:" + " ".join(map(str, [*actions[:200], *actions[-200:]]))
+        digest = zlib.crc32(text.encode(), digest)
+    return f"{digest:08x}"

@@ -1,0 +1,255 @@
+"""Stages: the pieces of the model that a rank holds, as torch.distributed.pipelining names and shapes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from . import _C
+from .data_parallel import DataParallelAdapter, adapter_for
+from .errors import PipelineModeError, PipelineTypeError, PipelineUsageError
+from .payload import _normalize_model_output_as_tuple, refuse_output, refuse_structure
+
+if TYPE_CHECKING:
+    from .topology import StageWiring
+
+__all__ = ["PipelineStage", "build_stage"]
+
+
+class _PipelineStageBase:
+    """What manual and traced stages have in common.
+
+    Attributes that programs read: ``submod`` (may be replaced between steps), ``stage_index``, ``num_stages``, ``is_first``, ``is_last``,
+    ``device``, ``group``, ``group_rank``, ``group_size``, ``has_backward``.
+    """
+
+    def __init__(
+        self,
+        submodule: torch.nn.Module,
+        stage_index: int,
+        num_stages: int,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+        dw_builder: Callable[[], Callable[..., None]] | None = None,
+    ) -> None:
+        _check_arguments(submodule, stage_index, num_stages, dw_builder)
+        self.submod = submodule
+        self.stage_index = stage_index
+        self.num_stages = num_stages
+        self.device = torch.device(device)
+        self.group = group
+        self.dw_builder = dw_builder
+        self.group_rank = dist.get_rank(group)
+        self.group_size = dist.get_world_size(group)
+        if self.group_rank < 0:
+            raise PipelineUsageError(
+                f"this rank ({dist.get_rank()}) is not in the process group of stage {stage_index}: make the stage only on the group's ranks"
+            )
+        if self.group_size > num_stages:
+            raise PipelineModeError(
+                f"Pipeline group size {self.group_size} cannot be larger than number of stages {num_stages}: "
+                "split the model into at least one stage a rank"
+            )
+        self.has_backward = False
+        self.output_chunks: list[Any] = []
+        self.chunks: int | None = None
+        self.log_prefix = f"[Stage {stage_index}]"
+        self.stage_index_to_group_rank = {stage: stage % self.group_size for stage in range(num_stages)}
+        self._adapted: tuple[torch.nn.Module, DataParallelAdapter | None] | None = None
+        self._core = _C.Stage(stage_index, self.is_first, self.is_last, self._callbacks())
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the model's first stage."""
+        return self.stage_index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the model's last stage."""
+        return self.stage_index == self.num_stages - 1
+
+    @property
+    def wiring(self) -> StageWiring | None:
+        """Which outputs of which stages are this one's inputs; None for a chain, where all of a stage's outputs go to the next."""
+        return None
+
+    # What the runtime uses
+
+    def adapter(self) -> DataParallelAdapter | None:
+        """How this stage's gradients are reduced, where its module is wrapped for data parallelism."""
+        if self._adapted is None or self._adapted[0] is not self.submod:
+            self._adapted = (self.submod, adapter_for(self.submod))
+        return self._adapted[1]
+
+    def refresh(self) -> None:
+        """Let the runtime see a ``submod`` or ``dw_builder`` that was replaced."""
+        if self._known != (self.submod, self.dw_builder):
+            self._core.set_callbacks(self._callbacks())
+
+    def _callbacks(self) -> _C.StageCallbacks:
+        # The callbacks hold the module and not the stage: the garbage collector does not see into the runtime.
+        self._known = (self.submod, self.dw_builder)
+        adapter = self.adapter()
+        return _C.StageCallbacks(
+            forward=self.submod if adapter is None else _in_context(self.submod, adapter),
+            flatten=refuse_output(self.stage_index),
+            unflatten=refuse_structure,
+            before_backward=None if adapter is None else adapter.before_backward,
+            after_backward=None if adapter is None else adapter.after_backward,
+            dw_builder=self.dw_builder,
+        )
+
+    # Names that custom functions and programs with loops of their own use
+
+    def forward_one_chunk(
+        self,
+        fwd_chunk_id: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
+        save_forward_output: bool = True,
+    ) -> Any:
+        """Run one microbatch forward and return the output. ``args`` are the first stage's; others take what they received."""
+        output = self._core.forward(fwd_chunk_id, tuple(args or ()), kwargs or {})
+        if self.is_last and save_forward_output:
+            self.output_chunks.append(output)
+        return output
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: torch.Tensor | None = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        """Run one microbatch backward: all of it, or the input half, after which ``backward_weight_one_chunk`` is due."""
+        if not self.has_backward:
+            return
+        if self.is_last and loss is not None:
+            self._core.set_loss(bwd_chunk_id, loss)
+        kind = _C.BackwardKind.FULL if full_backward else _C.BackwardKind.INPUT
+        self._core.backward(bwd_chunk_id, kind, last_backward)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        """Run the weight half of a microbatch's backward."""
+        if self.has_backward:
+            self._core.backward(bwd_chunk_id, _C.BackwardKind.WEIGHT, last_backward)
+
+    def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
+        """Give this stage the output of the stage before it, which is on the same rank."""
+        self._core.accept_activation(mb_index, list(_normalize_model_output_as_tuple(prev_stage_outputs)))
+
+    def get_local_bwd_output(self, mb_index: int) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of this stage's inputs, for the stage before it; a second call finds none."""
+        return tuple(self._core.input_gradients(mb_index))
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[torch.Tensor | None, ...], mb_index: int) -> None:
+        """Give this stage the gradients of its outputs, from the stage after it on the same rank."""
+        self._core.set_output_gradients(mb_index, list(next_stage_bwd_outputs))
+
+    def clear_runtime_states(self) -> None:
+        """Drop what a step left."""
+        self.output_chunks.clear()
+        self._core.clear()
+
+    def scale_grads(self, grad_scale_factor: int) -> None:
+        """Divide the gradients of all parameters, at once."""
+        gradients = [parameter.grad for parameter in self.submod.parameters() if parameter.grad is not None]
+        if grad_scale_factor != 1 and gradients:
+            torch._foreach_div_(gradients, grad_scale_factor)
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        """Reduce the gradients over the data-parallel ranks, where the module is wrapped for it, then scale them."""
+        adapter = self.adapter()
+        if adapter is not None:
+            adapter.reduce_grad()
+        self.scale_grads(grad_scale_factor)
+
+    def _prepare_forward_infra(self, num_microbatches: int, *_args: Any, **_kwargs: Any) -> None:
+        """For programs that call a stage without a schedule: make room for this many microbatches."""
+        self._core.begin_step(num_microbatches, self.has_backward, 0)
+
+
+class PipelineStage(_PipelineStageBase):
+    """A stage whose module was split off by hand.
+
+    Args:
+        submodule: the stage's part of the model. Its positional inputs are the outputs of the stage before it.
+        stage_index, num_stages: which stage, of how many.
+        device: where the module is.
+        input_args, output_args, output_grads, input_grads: accepted for torch's sake. Shapes and dtypes are taken from what is sent.
+        group: the process group of the pipeline; the default group if None.
+        dw_builder: returns, once a microbatch, the function that computes the weight gradients, as in torch.
+        get_mesh: accepted for torch's sake.
+    """
+
+    def __init__(
+        self,
+        submodule: torch.nn.Module,
+        stage_index: int,
+        num_stages: int,
+        device: torch.device,
+        input_args: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
+        output_args: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
+        output_grads: torch.Tensor | tuple[torch.Tensor | None, ...] | None = None,
+        input_grads: torch.Tensor | tuple[torch.Tensor | None, ...] | None = None,
+        group: dist.ProcessGroup | None = None,
+        dw_builder: Callable[[], Callable[..., None]] | None = None,
+        get_mesh: Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__(submodule, stage_index, num_stages, device, group, dw_builder)
+
+
+class _PipelineStage(_PipelineStageBase):
+    """A stage that the tracer made; its inputs and outputs are wired as the traced graph says."""
+
+    def __init__(
+        self,
+        stage_module: torch.nn.Module,
+        stage_index: int,
+        pipe_info: Any,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        from .topology import stage_wiring
+
+        self._wiring = stage_wiring(pipe_info, stage_index)
+        self.pipe_info = pipe_info
+        super().__init__(self._wiring.wrap(stage_module), stage_index, pipe_info.num_stages, device, group)
+        self.submod.to(self.device)
+
+    @property
+    def wiring(self) -> StageWiring | None:
+        return self._wiring
+
+
+def build_stage(
+    stage_module: torch.nn.Module,
+    stage_index: int,
+    pipe_info: Any,
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+) -> _PipelineStage:
+    """A stage from a module that the tracer split off, and ``pipe.info()``."""
+    return _PipelineStage(stage_module, stage_index, pipe_info, device, group)
+
+
+def _in_context(module: torch.nn.Module, adapter: DataParallelAdapter) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with adapter.forward_context() or nullcontext():
+            return module(*args, **kwargs)
+
+    return forward
+
+
+def _check_arguments(submodule: Any, stage_index: Any, num_stages: Any, dw_builder: Any) -> None:
+    if not isinstance(submodule, torch.nn.Module):
+        raise PipelineTypeError(f"submodule must be a torch.nn.Module, got {type(submodule).__name__}")
+    for name, value in (("stage_index", stage_index), ("num_stages", num_stages)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise PipelineTypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not 0 <= stage_index < num_stages:
+        raise PipelineUsageError(
+            f"Stage index {stage_index} is out of range of {num_stages}: stages are numbered 0 to {num_stages - 1}"
+        )
+    if dw_builder is not None and not callable(dw_builder):
+        raise PipelineTypeError(f"dw_builder must be callable, got {type(dw_builder).__name__}")
