@@ -10,7 +10,6 @@ PYTHON := $(VENV)/bin/python
 SYSTEM_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 MAX_JOBS ?= 2
 TRAIN_FLAGS ?=
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 export MAX_JOBS
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -39,16 +38,21 @@ test: build
 train: build
 	$(PYTHON) -m torch.distributed.run --standalone --nproc_per_node 2 examples/train_lm.py --output runs/train $(TRAIN_FLAGS)
 
+# All checks run, also after one has failed.
 lint: $(VENV)/made
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
-	$(if $(strip $(CXX_FILES)),$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES))
+	@failed=0; \
+	check() { echo "$$@"; "$$@" || failed=1; }; \
+	check $(VENV)/bin/ruff check .; \
+	check $(VENV)/bin/ruff format --check .; \
+	check $(VENV)/bin/mypy; \
+	echo clang-format --dry-run csrc; \
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs -r $(VENV)/bin/clang-format --dry-run -Werror || failed=1; \
+	exit $$failed
 
 format: $(VENV)/made
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(if $(strip $(CXX_FILES)),$(VENV)/bin/clang-format -i $(CXX_FILES))
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs -r $(VENV)/bin/clang-format -i
 
 cuda-check:
 	.ci/cuda-check
