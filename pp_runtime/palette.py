@@ -18,7 +18,7 @@ class Look:
 
     def shade(self, place: float = 0.0) -> str:
         """The colour ``place`` of the way from a rank's first stage, 0, to its last, 1."""
-        first, last = ((int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in self.shades)
+        first, last = ([int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in self.shades)
         return "#" + "".join(f"{round(a + (b - a) * place):02x}" for a, b in zip(first, last, strict=True))
 
 

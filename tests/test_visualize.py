@@ -11,6 +11,7 @@ import pytest
 
 from pp_runtime.costs import Costs
 from pp_runtime.html_page import write_html
+from pp_runtime.palette import LOOKS, stage_places
 from pp_runtime.schedules.catalogue import ORDERS, build_order
 from pp_runtime.simulate import simulate
 from pp_runtime.text_picture import text_picture
@@ -53,6 +54,14 @@ def test_text_of_measured_times_stays_small_when_one_action_is_tiny() -> None:
     spans = [Span(0, f"0F{place}", place, place + 1.0) for place in range(20)] + [Span(0, "0B0", 20.0, 20.000001)]
     assert max(map(len, text_picture(Timeline(tuple(spans)), width=1000).splitlines())) < 250
     assert text_picture(Timeline(())) == "nothing runs"
+
+
+def test_a_ranks_stages_have_shades_of_their_own_from_the_first_colour_to_the_last() -> None:
+    look = LOOKS["F"]
+    assert (look.shade(0.0), look.shade(1.0)) == look.shades
+    places = stage_places([planned("Interleaved1F1B", 2, 8, 4)])
+    assert [places[stage] for stage in (1, 3, 5, 7)] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert len({look.shade(place) for place in places.values()}) == 4
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
