@@ -6,15 +6,18 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .costs import Costs
 from .errors import InvalidOrderError
 from .ir import COMPUTE_TYPES, Action, Placement, leaves, placement_of
 from .memory import activation_peaks, slot_peaks
-from .network import Network, has_communication
+from .network import Channel, Network, has_communication
 from .passes.edges import Edge
 from .timeline import Span, Timeline
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 
 @dataclass(frozen=True)
@@ -106,19 +109,20 @@ def _share(busy: float, total: float) -> float:
 
 
 def simulate(
-    order: Mapping[int, Sequence[Action]] | Any,
+    order: Mapping[int, Sequence[Action]] | Plan,
     costs: Costs | None = None,
     *,
     placement: Placement | None = None,
     edges: Iterable[Edge] | None = None,
 ) -> Simulation:
-    """Play an order, or the ``order`` of a plan, with or without sends and receives.
+    """Play an order, with or without sends and receives, or a plan, which brings its placement and edges.
 
     An action starts when the rank has ended the one before it and all that it reads has arrived. Sends never block,
     a receive is posted at its place and waited for by the action that uses it. InvalidOrderError names the first
     action of each rank that can never start; an order that :func:`pp_runtime.verify.verify` accepts has none.
     """
-    order = getattr(order, "order", order)
+    if not isinstance(order, Mapping):
+        placement, edges, order = order.placement, order.wiring.edges, order.with_communication
     costs = costs or Costs()
     placement = placement_of(order) if placement is None else placement
     network = Network(placement, edges, costs, explicit=has_communication(order))
@@ -192,7 +196,7 @@ class _Player:
                     resumed.append(channel.receiver)
         return now, end
 
-    def _made_by_parts(self, channel: Any, microbatch: int | None, parts: Sequence[Action]) -> bool:
+    def _made_by_parts(self, channel: Channel, microbatch: int | None, parts: Sequence[Action]) -> bool:
         """Whether one part reads what another part of the same rank makes."""
         return not channel.remote and any(
             channel in self.network.sends[kind._value_][stage] and other == microbatch

@@ -12,7 +12,7 @@ from pp_runtime.ir import Action
 from pp_runtime.memory import activation_peaks
 from pp_runtime.passes.communication import insert_communication
 from pp_runtime.passes.data_parallel import insert_reduce_grad
-from pp_runtime.passes.edges import Edge
+from pp_runtime.passes.edges import Edge, adjacent_edges
 from pp_runtime.schedules.catalogue import ORDERS, build_order
 from pp_runtime.simulate import Simulation, simulate
 
@@ -113,6 +113,16 @@ def test_skip_edges_are_waited_for() -> None:
     late = simulate(order, Costs(transfer=(9.0, 0.0, 0.0)), edges=[Edge(0, 2), Edge(1, 2), Edge(0, 1)])
     assert late.starts[2][0] == 11.0
     assert simulate(order, edges=[Edge(1, 2)]).starts[1][0] == 0.0
+
+
+def test_a_plan_is_played_with_its_own_placement_edges_and_messages() -> None:
+    from pp_runtime.plan import Plan, Wiring
+
+    order, placement = build_order("1F1B", 4, 4, 8)
+    wiring = Wiring((*adjacent_edges(4), Edge(0, 3)), {})
+    result = simulate(Plan(order, placement, 8, wiring), Costs(transfer=(5.0, 0.0, 0.0, 0.0)))
+    assert result.makespan > simulate(order).makespan
+    assert result.network.explicit and max(result.slots.values()) > 0
 
 
 def test_slots_count_messages_until_their_last_use() -> None:
