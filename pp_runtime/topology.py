@@ -23,6 +23,9 @@ from torch.utils._pytree import tree_leaves
 
 from pp_runtime.errors import PipelineUsageError
 
+# What stands for a root input that the program did not give: a shape that no real one has.
+_ABSENT = (0,) * 7
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -111,9 +114,10 @@ def read_topology(graph: fx.Graph) -> Topology:
 
 def _source(arg: Any, stage_of: dict[fx.Node, int]) -> Source:
     output = 0
-    node = arg
+    node: Any = arg
     if isinstance(node, fx.Node) and node.target is operator.getitem:
-        node, output = node.args
+        call, index = node.args
+        node, output = call, int(index)  # type: ignore[arg-type]
     if isinstance(node, fx.Node) and node.op == "placeholder":
         return Source(root=str(node.target))
     if node in stage_of:
@@ -146,6 +150,8 @@ class _StageView(torch.nn.Module):
     no difference.
     """
 
+    traced_module: torch.nn.Module
+
     def __init__(self, module: torch.nn.Module, wiring: StageWiring) -> None:
         super().__init__()
         self._parameters, self._buffers, self._modules = module._parameters, module._buffers, module._modules
@@ -175,7 +181,7 @@ class _SendsRootInputs(_StageView):
         else:
             output = self.traced_module(*(_given(given, root, "the first stage") for root in own))
         outputs = tuple(output) if isinstance(output, (tuple, list)) else (output,)
-        nothing = torch.empty(0)
+        nothing = torch.empty(_ABSENT)
         return outputs[: topology.first_outputs] + tuple(given.get(root, nothing) for root in topology.forwarded)
 
 
@@ -189,7 +195,7 @@ class _TakesRootInputs(_StageView):
                 continue
             if source.root in kwargs:
                 values[position] = kwargs.pop(source.root)
-            elif values[position].numel() == 0 and values[position].dim() == 1:
+            elif tuple(values[position].shape) == _ABSENT:
                 _given({}, source.root, f"stage {self.wiring.stage_index}")
         return self.traced_module(*values, **kwargs)
 

@@ -1,0 +1,314 @@
+"""What a schedule does around the runtime: splitting, losses, modes, and what it refuses."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+from pp_runtime.errors import PipelineModeError, PipelineTypeError, PipelineUsageError
+from pp_runtime.microbatch import TensorChunkSpec, _Replicate
+from pp_runtime.schedules import (
+    BACKWARD_WEIGHT,
+    FORWARD,
+    FULL_BACKWARD,
+    REDUCE_GRAD,
+    SEND_F,
+    PipelineScheduleMulti,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    _PipelineScheduleRuntime,
+    _ScheduleForwardOnly,
+    _wait_batch_p2p,
+)
+from tests.fakes import FakeRuntime, FakeStage, stages_of_rank, use_fake_runtime
+
+
+@pytest.fixture(autouse=True)
+def fake_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_fake_runtime(monkeypatch)
+
+
+def mse(output: torch.Tensor, target: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+    return weight * torch.nn.functional.mse_loss(output, target)
+
+
+def one_rank(microbatches: int = 4, loss_fn: Any = mse, **options: Any) -> ScheduleGPipe:
+    return ScheduleGPipe(FakeStage(0, 1), microbatches, loss_fn, **options)
+
+
+@pytest.mark.parametrize("rows, sizes", [(8, [2, 2, 2, 2]), (9, [3, 2, 2, 2]), (4, [1, 1, 1, 1])])
+def test_step_splits_runs_and_merges(rows: int, sizes: list[int]) -> None:
+    schedule, losses = one_rank(), ["stale"]
+    x, y = torch.randn(rows, 3), torch.randn(rows, 3)
+    output = schedule.step(x, target=y, losses=losses)
+    assert torch.equal(output, 2 * x)
+    pieces = [args[0] for args in FakeRuntime.made[0].steps[0]["args"]]
+    assert [len(piece) for piece in pieces] == sizes
+    assert losses == [mse(2 * a, b) for a, b in zip(pieces, torch.tensor_split(y, 4), strict=True)]
+
+
+def test_gradients_are_divided_by_the_microbatches_unless_told_not_to() -> None:
+    x = torch.randn(4, 3)
+    schedule, unscaled = one_rank(), one_rank(scale_grads=False)
+    for each in (schedule, unscaled):
+        each.step(x, target=x)
+        each.eval(x)
+    assert schedule._stage.scaled == [4] and unscaled._stage.scaled == []
+
+
+def test_custom_reduction_scales_for_itself() -> None:
+    x = torch.randn(4, 3)
+    schedule = one_rank()
+    schedule.register_custom_function(REDUCE_GRAD, lambda action, ctx: None)
+    schedule.step(x, target=x)
+    assert schedule._stage.scaled == []
+
+
+def test_nothing_of_a_step_stays() -> None:
+    schedule = one_rank()
+    x = torch.randn(4, 3)
+    output = weakref.ref(schedule.step(x, target=x))
+    assert output() is None and schedule._stage.output_chunks == []
+
+
+def test_outputs_can_be_left_out() -> None:
+    schedule = one_rank()
+    x = torch.randn(4, 3)
+    assert schedule.step(x, target=x, return_outputs=False) is None
+    assert FakeRuntime.made[0].steps[0]["return_outputs"] is False
+
+
+def test_chunk_specs_and_loss_arguments_reach_the_microbatches() -> None:
+    schedule = one_rank(2, args_chunk_spec=(TensorChunkSpec(1),), kwargs_chunk_spec={"mask": _Replicate()})
+    x, mask, losses = torch.randn(3, 4), torch.ones(7), []
+    y = torch.zeros(6, 2)
+    schedule.step(x, mask=mask, target=y, losses=losses, loss_kwargs={"weight": 0.0}, return_outputs=False)
+    step = FakeRuntime.made[0].steps[0]
+    assert step["args"][1][0].shape == (3, 2) and step["kwargs"][1]["mask"] is mask
+    assert losses == [0.0, 0.0]
+
+
+def test_output_merge_spec_merges() -> None:
+    schedule = one_rank(2, None, args_chunk_spec=(TensorChunkSpec(1),), output_merge_spec=TensorChunkSpec(1))
+    x = torch.randn(3, 4)
+    assert torch.equal(schedule.step(x), 2 * x)
+
+
+def test_microbatches_may_come_already_cut() -> None:
+    schedule, losses = one_rank(2), []
+    x, y = torch.randn(4, 3), torch.randn(4, 3)
+    cut = {"arg_mbs": [(x[:1],), (x[1:],)], "kwarg_mbs": [{}, {}], "target_mbs": [y[:1], y[1:]]}
+    assert torch.equal(schedule.step(**cut, losses=losses), 2 * x)
+    assert losses[1] == mse(2 * x[1:], y[1:])
+    assert torch.equal(schedule.eval(**cut), 2 * x)
+
+
+def test_eval_between_steps_needs_nothing() -> None:
+    schedule = one_rank()
+    x, losses = torch.randn(4, 3), []
+    schedule.step(x, target=x)
+    with torch.no_grad():
+        assert torch.equal(schedule.eval(x, target=x, losses=losses), 2 * x)
+        assert torch.equal(schedule.eval(x), 2 * x)
+    schedule.step(x, target=x)
+    assert [step["training"] for step in FakeRuntime.made[0].steps] == [True, False, False, True]
+    assert len(losses) == 4 and len(FakeRuntime.made) == 1
+
+
+def test_ranks_in_the_middle_take_nothing_and_return_nothing() -> None:
+    schedule = Schedule1F1B(FakeStage(1, 3, 1, 3), 4, mse)
+    losses = ["mine"]
+    assert schedule.step(losses=losses) is None
+    assert FakeRuntime.made[0].steps[0]["args"] == [()] * 4 and losses == ["mine"]
+
+
+def test_target_counts_only_where_the_last_stage_is() -> None:
+    schedule = Schedule1F1B(FakeStage(0, 2, 0, 2), 4, mse)
+    x = torch.randn(4, 3)
+    schedule.step(x, target=x[:1])
+    assert FakeRuntime.made[0].steps[0]["targets"] is None
+
+
+def test_without_loss_function_a_step_is_forward_only() -> None:
+    schedule = one_rank(loss_fn=None)
+    x = torch.randn(4, 3)
+    with torch.no_grad():
+        assert torch.equal(schedule.step(x), 2 * x)
+    assert not FakeRuntime.made[0].has_backward and not FakeRuntime.made[0].steps[0]["training"]
+
+
+def test_forward_only_schedule_never_trains() -> None:
+    schedule = _ScheduleForwardOnly(FakeStage(0, 1), 2, mse)
+    x = torch.randn(4, 3)
+    assert torch.equal(schedule.step(x), 2 * x)
+    assert not FakeRuntime.made[0].steps[0]["training"]
+    with pytest.raises(RuntimeError, match="forward-only"):
+        schedule.step(x, target=x)
+    with pytest.raises(RuntimeError, match="forward-only"):
+        schedule.step(x, losses=[])
+
+
+def test_timeline_is_passed_through() -> None:
+    schedule = one_rank()
+    with pytest.raises(PipelineModeError, match="record_timeline = True"):
+        schedule.timeline()
+    schedule.record_timeline = True
+    x = torch.randn(4, 3)
+    schedule.step(x, target=x)
+    assert schedule.timeline() == "timeline" and FakeRuntime.made[0].record_timeline
+
+
+def test_a_dropped_schedule_is_freed_at_once() -> None:
+    schedule = one_rank()
+    schedule.register_custom_function(FORWARD, lambda action, ctx: None)
+    x = torch.randn(4, 3)
+    schedule.step(x, target=x)
+    gone = weakref.ref(schedule)
+    gc.disable()
+    try:
+        del schedule
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+WRONG_STEPS = [
+    ("batch of 2.*4 microbatches", lambda s, x: s.step(x[:2], target=x)),
+    ("target has a batch of 2", lambda s, x: s.step(x, target=x[:2])),
+    ("needs a target", lambda s, x: s.step(x)),
+    ("losses must be a list", lambda s, x: s.step(x, target=x, losses=())),
+    ("loss_kwargs must be a dict", lambda s, x: s.step(x, target=x, loss_kwargs=3)),
+    ("not both", lambda s, x: s.step(x, arg_mbs=[(x,)] * 4)),
+    ("not both", lambda s, x: s.step(target=x, arg_mbs=[])),
+    ("4 entries.*got 0", lambda s, x: s.step(arg_mbs=[], target_mbs=[x] * 4)),
+    ("arg_mbs\\[1\\] must be a tuple", lambda s, x: s.step(arg_mbs=[(x,), x, (x,), (x,)], target_mbs=[x] * 4)),
+    ("kwarg_mbs must be a list", lambda s, x: s.step(kwarg_mbs={"x": x}, target_mbs=[x] * 4)),
+]
+
+
+@pytest.mark.parametrize("says, call", WRONG_STEPS)
+def test_wrong_step_says_what_to_change(says: str, call: Any) -> None:
+    schedule = one_rank()
+    with pytest.raises(PipelineUsageError, match=says):
+        call(schedule, torch.randn(8, 3))
+    assert not FakeRuntime.made
+
+
+def test_wrong_step_is_told_to_the_other_ranks() -> None:
+    schedule = Schedule1F1B(FakeStage(1, 2, 1, 2), 4, mse)
+    with pytest.raises(PipelineUsageError) as caught:
+        schedule.step(target=torch.randn(2, 3))
+    assert FakeRuntime.made[0].refused == [caught.value] and not FakeRuntime.made[0].steps
+
+
+def test_step_under_no_grad_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"no_grad.*eval\(\)"), torch.no_grad():
+        one_rank().step(torch.randn(4, 3), target=torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("call", [{"target": torch.zeros(4, 3)}, {"losses": []}])
+def test_loss_without_loss_function_is_an_error(call: dict[str, Any]) -> None:
+    with pytest.raises(RuntimeError, match="loss_fn"):
+        one_rank(loss_fn=None).step(torch.randn(4, 3), **call)
+
+
+WRONG_CONSTRUCTIONS = [
+    (PipelineUsageError, "at least 1, got 0", lambda: one_rank(0)),
+    (PipelineTypeError, "n_microbatches must be an int", lambda: one_rank(2.5)),
+    (PipelineTypeError, "n_microbatches must be an int", lambda: one_rank(True)),
+    (PipelineTypeError, "loss_fn must be a function", lambda: one_rank(2, "mse")),
+    (PipelineTypeError, "kwargs_chunk_spec must be like", lambda: one_rank(kwargs_chunk_spec=(TensorChunkSpec(0),))),
+    (PipelineTypeError, "args_chunk_spec must be like", lambda: one_rank(args_chunk_spec=TensorChunkSpec(0))),
+    (PipelineTypeError, "takes one stage", lambda: ScheduleGPipe([FakeStage(0, 1)], 2)),
+    (PipelineTypeError, "pp_runtime stage, got torch.nn", lambda: ScheduleGPipe(torch.nn.Linear(1, 1), 2)),
+    (PipelineUsageError, "one stage a rank", lambda: ScheduleGPipe(FakeStage(0, 4, 0, 2), 2)),
+    (PipelineTypeError, "list of stages", lambda: ScheduleInterleaved1F1B(FakeStage(0, 1), 2)),
+    (PipelineUsageError, "empty list", lambda: ScheduleInterleaved1F1B([], 2)),
+    (PipelineUsageError, "twice", lambda: ScheduleInterleaved1F1B([FakeStage(0, 2), FakeStage(0, 2)], 2)),
+    (PipelineUsageError, "num_stages", lambda: ScheduleInterleaved1F1B([FakeStage(0, 2), FakeStage(1, 3)], 2)),
+    (PipelineUsageError, "same group", lambda: ScheduleInterleaved1F1B([FakeStage(0, 2), FakeStage(1, 2, 1, 2)], 2)),
+    (ValueError, "stages", lambda: ScheduleInterleaved1F1B([FakeStage(0, 3, 0, 2), FakeStage(2, 3, 0, 2)], 2)),
+]
+
+
+@pytest.mark.parametrize("kind, says, make", WRONG_CONSTRUCTIONS)
+def test_wrong_construction_says_what_to_change(kind: type[Exception], says: str, make: Any) -> None:
+    with pytest.raises(kind, match=says):
+        make()
+
+
+def test_custom_functions_get_their_actions_and_the_step() -> None:
+    schedule = ScheduleInterleaved1F1B(stages_of_rank(0, 1, 2), 2, mse)
+    seen: list[Any] = []
+    counts: list[int] = []
+
+    def handler(action: Any, ctx: Any) -> None:
+        seen.append((str(action), ctx.schedule_ref, len(ctx.arg_mbs), len(ctx.target_mbs), ctx.losses))
+        counts.append(sum(ctx.schedule_ref.backward_counter.values()))
+        assert (0, 0) in ctx.schedule_ref.fwd_recv_ops
+        _wait_batch_p2p(ctx.schedule_ref.fwd_recv_ops.pop((0, 0)))
+
+    schedule.register_custom_function(FULL_BACKWARD, handler)
+    x, losses = torch.randn(2, 3), []
+    schedule.step(x, target=x, losses=losses)
+    order = [str(action) for action in FakeRuntime.made[0].order[0] if action.computation_type == FULL_BACKWARD]
+    assert [entry[0] for entry in seen] == order and len(order) == 4
+    assert all(entry[1:4] == (schedule, 2, 2) and entry[4] is losses for entry in seen)
+    assert counts == [0, 1, 2, 3]
+
+
+def test_losses_of_custom_forwards_stand_in_microbatch_order() -> None:
+    schedule = one_rank(3)
+
+    def forward(action: Any, ctx: Any) -> None:
+        microbatch = action.microbatch_index
+        output = torch.full((1, 1), float(microbatch), requires_grad=True)
+        ctx.schedule_ref._maybe_compute_loss(schedule._stage, output, [torch.zeros(1, 1)] * 3, microbatch)
+        assert schedule._maybe_get_loss(schedule._stage, microbatch) is not None
+
+    schedule.register_custom_function(FORWARD, forward)
+    losses: list[torch.Tensor] = []
+    schedule.step(torch.randn(3, 1), losses=losses)
+    assert losses == [0.0, 1.0, 4.0] and not any(loss.requires_grad for loss in losses)
+
+
+def test_only_some_types_take_custom_functions() -> None:
+    schedule = one_rank()
+    with pytest.raises(PipelineUsageError, match="FORWARD, FULL_BACKWARD"):
+        schedule.register_custom_function(SEND_F, lambda action, ctx: None)
+    with pytest.raises(TypeError, match="callable"):
+        schedule.register_custom_function(BACKWARD_WEIGHT, None)
+
+
+def parameters_of(kind: Any) -> list[tuple[str, Any, Any]]:
+    return [(p.name, p.kind, p.default) for p in inspect.signature(kind).parameters.values()]
+
+
+def test_constructors_and_methods_have_torchs_signatures() -> None:
+    import torch.distributed.pipelining.schedules as theirs
+
+    import pp_runtime.schedules as ours
+
+    names = [name for name, value in vars(theirs).items() if inspect.isclass(value) and "Schedule" in name]
+    assert len(names) >= 10
+    for name in names:
+        mine, torchs = getattr(ours, name), getattr(theirs, name)
+        assert parameters_of(mine.__init__) == parameters_of(torchs.__init__), name
+        assert parameters_of(mine.eval) == parameters_of(torchs.eval), name
+        assert set(parameters_of(torchs.step)) <= set(parameters_of(mine.step)), name
+    assert parameters_of(ours.get_schedule_class) == parameters_of(theirs.get_schedule_class)
+    assert parameters_of(ours._PipelineContext) == parameters_of(theirs._PipelineContext)
+    for name in ("_load_csv", "_dump_csv", "register_custom_function", "_prepare_schedule_with_comms"):
+        mine, torchs = getattr(_PipelineScheduleRuntime, name), getattr(theirs._PipelineScheduleRuntime, name)
+        assert parameters_of(mine) == parameters_of(torchs), name
+
+
+def test_use_full_backward_is_accepted_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match="use_full_backward"):
+        PipelineScheduleMulti([FakeStage(0, 1)], 2, use_full_backward=True)
