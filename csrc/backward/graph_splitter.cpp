@@ -1,8 +1,8 @@
 #include "graph_splitter.h"
 
-#include <algorithm>
 #include <utility>
 
+#include "python_nodes.h"
 #include "weight_products.h"
 
 namespace pp_runtime {
@@ -13,15 +13,20 @@ using torch::autograd::Node;
 
 void GraphSplitter::add_input(Node* input, Node* stand_in) { places_[input] = {true, stand_in}; }
 
-void GraphSplitter::visit(Node* root) {
-  const auto enter = [this](Node* node) {
-    // A leaf that is no input needs no entry: what is unknown is on the weight side.
-    if (node->num_outputs() > 0 && places_.emplace(node, Place{}).second) {
-      path_.push_back({node, 0});
-      return true;
-    }
+bool GraphSplitter::enter(Node* node) {
+  // A leaf that is no input needs no place: what is unknown is on the weight side.
+  if (node->num_outputs() == 0 || !places_.emplace(node, Place{}).second) {
     return false;
-  };
+  }
+  // Asked before the node's children are settled, which will want to know.
+  if (const WeightProduct* product = weight_product_of(*node); product != nullptr && !inside_checkpoint_) {
+    inside_checkpoint_ = product->saves_behind_hooks(*node);
+  }
+  path_.push_back({node, 0});
+  return true;
+}
+
+void GraphSplitter::visit(Node* root) {
   enter(root);
   while (!path_.empty()) {
     Step& step = path_.back();
@@ -62,36 +67,55 @@ void GraphSplitter::settle(Node& node) {
       on_weight_side_[i] = !leads_to_input;
     }
   }
-  if (has_input_edge) {
-    Place& place = places_[&node];
-    place.on_input_side = true;
-    if (has_weight_edge) {
-      place.stand_in = halve(node);
-    }
+  if (!has_input_edge && !must_run_in_input_half(node)) {
+    return;
+  }
+  Place& place = places_[&node];
+  place.on_input_side = true;
+  if (has_weight_edge) {
+    place.stand_in = halve(node);
+  }
+  if (is_reentrant_checkpoint(node) && node.post_hooks().empty()) {
+    recomputes_.push_back(c10::make_intrusive<RecomputeNode>(node.getptr()));
+    place.stand_in = recomputes_.back().get();
   }
 }
 
+bool GraphSplitter::must_run_in_input_half(Node& node) const {
+  return inside_checkpoint_ && saves_behind_hooks(node);
+}
+
 Node* GraphSplitter::halve(Node& node) {
-  edge_list& edges = node.next_edges();
+  // A post hook sees all gradients that its node made, so its node makes them at once.
   const WeightProduct* product = node.post_hooks().empty() ? weight_product_of(node) : nullptr;
   bool worth_splitting = false;
-  for (size_t i = 0; product != nullptr && i < edges.size(); ++i) {
+  for (size_t i = 0; product != nullptr && i < on_weight_side_.size(); ++i) {
     worth_splitting |= on_weight_side_[i] && product->is_product(i);
   }
   if (worth_splitting) {
-    edge_list input_edges(edges.size());
-    edge_list weight_edges(edges.size());
-    for (size_t i = 0; i < edges.size(); ++i) {
-      (on_weight_side_[i] ? weight_edges : input_edges)[i] = std::move(edges[i]);
-    }
-    auto split =
-        c10::make_intrusive<SplitNode>(node.getptr(), *product, std::move(input_edges), std::move(weight_edges));
-    if (split->has_hooks()) {
-      replaced_.push_back(&node);
-    }
-    halves_.push_back(std::move(split));
-    return halves_.back().get();
+    return split(node, *product);
   }
+  keep(node);
+  return nullptr;
+}
+
+Node* GraphSplitter::split(Node& node, const WeightProduct& product) {
+  edge_list& edges = node.next_edges();
+  edge_list input_edges(edges.size());
+  edge_list weight_edges(edges.size());
+  for (size_t i = 0; i < edges.size(); ++i) {
+    (on_weight_side_[i] ? weight_edges : input_edges)[i] = std::move(edges[i]);
+  }
+  auto split = c10::make_intrusive<SplitNode>(node.getptr(), product, std::move(input_edges), std::move(weight_edges));
+  if (split->has_hooks()) {
+    replaced_.push_back(&node);
+  }
+  halves_.push_back(std::move(split));
+  return halves_.back().get();
+}
+
+void GraphSplitter::keep(Node& node) {
+  edge_list& edges = node.next_edges();
   edge_list weight_edges;
   for (size_t i = 0; i < edges.size(); ++i) {
     if (on_weight_side_[i]) {
@@ -105,7 +129,6 @@ Node* GraphSplitter::halve(Node& node) {
     }
   }
   halves_.push_back(std::move(keep));
-  return nullptr;
 }
 
 }  // namespace pp_runtime

@@ -2,9 +2,11 @@
 
 #include <c10/util/flat_hash_map.h>
 
+#include <utility>
 #include <vector>
 
 #include "half_nodes.h"
+#include "recompute_node.h"
 
 namespace pp_runtime {
 
@@ -30,6 +32,8 @@ class GraphSplitter {
   /// Nodes with hooks that SplitNodes replaced in the graph.
   std::vector<torch::autograd::Node*> take_replaced() { return std::move(replaced_); }
 
+  std::vector<c10::intrusive_ptr<RecomputeNode>> take_recomputes() { return std::move(recomputes_); }
+
  private:
   struct Place {
     bool on_input_side = false;
@@ -40,15 +44,21 @@ class GraphSplitter {
     size_t next_child;
   };
 
+  bool enter(torch::autograd::Node* node);
   void settle(torch::autograd::Node& node);
+  bool must_run_in_input_half(torch::autograd::Node& node) const;
   /// Splits a frontier node; returns what replaces it in the graph, null where it stays.
   torch::autograd::Node* halve(torch::autograd::Node& node);
+  torch::autograd::Node* split(torch::autograd::Node& node, const WeightProduct& product);
+  void keep(torch::autograd::Node& node);
 
   ska::flat_hash_map<torch::autograd::Node*, Place> places_;
   std::vector<Step> path_;
   std::vector<char> on_weight_side_;  // of each edge of the node being settled
   std::vector<c10::intrusive_ptr<HalfNode>> halves_;
+  std::vector<c10::intrusive_ptr<RecomputeNode>> recomputes_;
   std::vector<torch::autograd::Node*> replaced_;
+  bool inside_checkpoint_ = false;  // some product's saved tensors stand behind hooks
 };
 
 }  // namespace pp_runtime

@@ -31,6 +31,14 @@ variable_list run_tensor_hooks(Node& node, variable_list gradients) {
 
 }  // namespace
 
+variable_list run_hooks_before(Node& node, variable_list gradients) {
+  gradients = run_tensor_hooks(node, std::move(gradients));
+  for (const auto& hook : node.pre_hooks()) {
+    gradients = (*hook)(gradients);
+  }
+  return gradients;
+}
+
 SplitNode::SplitNode(NodePtr whole, const WeightProduct& product, edge_list input_edges, edge_list weight_edges)
     : HalfNode(whole->sequence_nr(), edge_list(input_edges)),
       whole_(std::move(whole)),
@@ -48,10 +56,7 @@ variable_list SplitNode::apply(variable_list&& gradients) {
     return (*whole_)(std::move(gradients_));
   }
   // The engine runs this node's hooks, and it has none: the whole node's run here, once, and W sees what they made.
-  variable_list final_gradients = run_tensor_hooks(*whole_, std::move(gradients));
-  for (const auto& hook : whole_->pre_hooks()) {
-    final_gradients = (*hook)(final_gradients);
-  }
+  variable_list final_gradients = run_hooks_before(*whole_, std::move(gradients));
   product_.keep_unpacked(*whole_);
   gradients_ = final_gradients;
   return (*whole_)(std::move(final_gradients));

@@ -1,5 +1,7 @@
 #include "split_backward.h"
 
+#include <algorithm>
+#include <iterator>
 #include <stdexcept>
 #include <unordered_map>
 #include <utility>
@@ -25,6 +27,7 @@ std::unique_ptr<WeightHalf> run_input_half(GraphSplitter splitter, Roots roots) 
     side.edges.push_back(std::move(roots.edges[i]));
     side.grads.push_back(std::move(roots.grads[i]));
   }
+  const auto recomputes = splitter.take_recomputes();
   if (!input_roots.edges.empty()) {
     StartNode::execute(std::move(input_roots), /*keep_graph=*/false, splitter.take_replaced());
   }
@@ -32,7 +35,13 @@ std::unique_ptr<WeightHalf> run_input_half(GraphSplitter splitter, Roots roots) 
   for (const auto& half : halves) {
     half->begin_weight_half();
   }
-  return std::make_unique<WeightHalf>(std::move(halves), std::move(weight_roots));
+  auto weight_half = std::make_unique<WeightHalf>(std::move(halves), std::move(weight_roots));
+  for (const auto& node : recomputes) {
+    if (auto recomputed = node->take_weight_half()) {
+      weight_half->absorb(std::move(*recomputed));
+    }
+  }
+  return weight_half;
 }
 
 }  // namespace
@@ -56,6 +65,12 @@ void WeightHalf::run(bool keep_graph) {
   if (!roots.edges.empty()) {
     StartNode::execute(std::move(roots), keep_graph);
   }
+}
+
+void WeightHalf::absorb(WeightHalf&& other) {
+  std::move(other.halves_.begin(), other.halves_.end(), std::back_inserter(halves_));
+  std::move(other.roots_.edges.begin(), other.roots_.edges.end(), std::back_inserter(roots_.edges));
+  std::move(other.roots_.grads.begin(), other.roots_.grads.end(), std::back_inserter(roots_.grads));
 }
 
 std::unique_ptr<WeightHalf> input_backward(Roots roots, const std::vector<NodePtr>& input_nodes) {

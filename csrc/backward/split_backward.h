@@ -23,6 +23,9 @@ class WeightHalf {
   /// One engine call that accumulates into the leaves, so their hooks fire. A second run is an error.
   void run(bool keep_graph = false);
 
+  /// Takes over what another half has to do.
+  void absorb(WeightHalf&& other);
+
  private:
   std::vector<c10::intrusive_ptr<HalfNode>> halves_;
   Roots roots_;

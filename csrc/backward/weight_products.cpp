@@ -1,6 +1,7 @@
 #include "weight_products.h"
 
 #include <ATen/SavedTensorHooks.h>
+#include <c10/util/flat_hash_map.h>
 #include <torch/csrc/autograd/generated/Functions.h>
 
 #include <typeindex>
@@ -35,6 +36,10 @@ template <class T, size_t kFirst, size_t kSecond, SavedVariable T::* first, Save
 constexpr WeightProduct product_of_factors() {
   return {
       [](size_t output) { return output == kFirst || output == kSecond; },
+      [](const Node& node) {
+        const T& product = static_cast<const T&>(node);
+        return (product.*first).has_hooks() || (product.*second).has_hooks();
+      },
       [](Node& node) {
         keep_unpacked(static_cast<T&>(node).*first, node);
         keep_unpacked(static_cast<T&>(node).*second, node);
@@ -55,6 +60,10 @@ template <class T>
 constexpr WeightProduct layer() {
   return {
       [](size_t output) { return output <= 1; },
+      [](const Node& node) {
+        const T& layer = static_cast<const T&>(node);
+        return layer.input_.has_hooks() || layer.weight_.has_hooks();
+      },
       [](Node& node) {
         keep_unpacked(static_cast<T&>(node).input_, node);
         keep_unpacked(static_cast<T&>(node).weight_, node);
@@ -110,8 +119,14 @@ const WeightProduct* weight_product_of(const Node& node) {
       {typeid(generated::ConvolutionOverrideableBackward0), &kConvolutionOverrideable},
       {typeid(generated::LinearBackward0), &kLinear},
   };
-  const auto found = kProducts.find(typeid(node));
-  return found == kProducts.end() ? nullptr : found->second;
+  // A type_index hashes the type's name; its address, which is asked for every node, is quicker.
+  thread_local ska::flat_hash_map<const std::type_info*, const WeightProduct*> known;
+  const auto [entry, is_new] = known.emplace(&typeid(node), nullptr);
+  if (is_new) {
+    const auto found = kProducts.find(typeid(node));
+    entry->second = found == kProducts.end() ? nullptr : found->second;
+  }
+  return entry->second;
 }
 
 }  // namespace pp_runtime

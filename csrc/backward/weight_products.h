@@ -10,6 +10,8 @@ namespace pp_runtime {
 struct WeightProduct {
   /// Whether the output with this index is one of the two products (a bias gradient is not).
   bool (*is_product)(size_t output);
+  /// Whether saved tensors stand behind hooks.
+  bool (*saves_behind_hooks)(const torch::autograd::Node& node);
   /// Replaces saved tensors that stand behind hooks by what the hooks give, so that a checkpoint's recomputation in I
   /// serves W too, and a hook of the user's runs once as in a full backward. Takes the GIL where a hook is Python's.
   void (*keep_unpacked)(torch::autograd::Node& node);

@@ -1,0 +1,60 @@
+#include "python_nodes.h"
+
+#include <torch/csrc/autograd/python_cpp_function.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cstring>
+#include <typeinfo>
+#include <vector>
+
+namespace pp_runtime {
+
+namespace py = pybind11;
+using torch::autograd::edge_list;
+using torch::autograd::Node;
+
+namespace {
+
+py::object helper(const char* name) {
+  return py::module_::import("pp_runtime._checkpointing").attr(name);
+}
+
+edge_list edges_of(const std::vector<at::Tensor>& tensors) {
+  edge_list edges;
+  for (const at::Tensor& tensor : tensors) {
+    edges.push_back(tensor.requires_grad() ? torch::autograd::impl::gradient_edge(tensor) : torch::autograd::Edge());
+  }
+  return edges;
+}
+
+}  // namespace
+
+bool is_reentrant_checkpoint(const Node& node) {
+  // torch does not export PyNode's type information, so it is known by its name.
+  if (std::strcmp(typeid(node).name(), "N5torch8autograd6PyNodeE") != 0) {
+    return false;
+  }
+  // A type's name never changes, so it is read without the GIL; only a namesake needs a closer look.
+  PyObject* object = node.pyobj_slot()->load_pyobj();
+  if (object == nullptr || std::strcmp(Py_TYPE(object)->tp_name, "CheckpointFunctionBackward") != 0) {
+    return false;
+  }
+  py::gil_scoped_acquire gil;
+  return helper("is_reentrant_checkpoint")(py::handle(object)).cast<bool>();
+}
+
+bool saves_behind_hooks(Node& node) {
+  py::gil_scoped_acquire gil;
+  const auto object = py::reinterpret_steal<py::object>(torch::autograd::functionToPyObject(node.getptr()));
+  return helper("saves_behind_hooks")(object).cast<bool>();
+}
+
+Recomputed recompute(const Node& checkpoint) {
+  py::gil_scoped_acquire gil;
+  const py::handle context(checkpoint.pyobj_slot()->load_pyobj());
+  const auto [outputs, inputs] =
+      helper("recompute")(context).cast<std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>>>();
+  return {edges_of(outputs), edges_of(inputs)};
+}
+
+}  // namespace pp_runtime
