@@ -2,10 +2,13 @@
 
 import contextlib
 import importlib
+import os
 
 from tests import api
 
 # torch._dynamo: the first optimizer imports it. pytest: the main module that multiprocessing sets up in each rank.
-for _name in ("pytest", "torch.distributed", "torch._dynamo", f"{api.PACKAGE}.schedules", "tests.pipelines"):
+_ALWAYS = ["pytest", "torch.distributed", "torch._dynamo", f"{api.PACKAGE}.schedules", "tests.pipelines"]
+
+for _name in _ALWAYS + os.environ.get("PP_TEST_WARM", "").split():
     with contextlib.suppress(Exception):  # a missing part is the test's to report, not the server's
-        importlib.import_module(_name)
+        getattr(importlib.import_module(_name), "warm", lambda: None)()

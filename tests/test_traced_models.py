@@ -1,0 +1,109 @@
+"""Traced models train as the untraced ones: GPT-2-like, BERT-like, and with skips over several stages."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests import api, ranks, reference, traced
+from tests.pipelines import (
+    backward_orders,
+    differences_of_step,
+    held_by,
+    make_schedule,
+    step,
+)
+
+WARM = "tests.traced"
+MODELS = sorted(traced.SPLITS)
+ROWS = 6
+
+
+def _compare(rank: int, name: str, schedules: list[str], stages_per_rank: int) -> list[str]:
+    """Train traced stages and the plain module for two steps under each schedule."""
+    ranks_count = dist.get_world_size()
+    num_stages = ranks_count * stages_per_rank
+    plain, loss_fn = traced.build(name), functools.partial(traced.loss_of, name)
+    pipe = traced.trace(name, num_stages)
+    found = []
+    for schedule in schedules:
+        held = held_by(rank, schedule, ranks_count, stages_per_rank)
+        modules = {index: pipe.get_stage_module(index) for index in held}
+        stages = [pipe.build_stage(index, torch.device("cpu")) for index in held]
+        pipeline = make_schedule(schedule, stages, 3, loss_fn)
+        for number in range(2):
+            batch = traced.batch(name, ROWS, number)
+            orders = backward_orders(pipeline)
+            expected = reference.train_step([plain], batch, loss_fn, 3, {0: orders.get(0, range(3))})
+            for module in modules.values():
+                module.zero_grad()
+            got = step(pipeline, stages, batch)
+            where = f"{schedule} step {number}"
+            found += differences_of_step(where, got, expected, last=num_stages - 1 in held, exact=False)
+            for module in modules.values():
+                for key, parameter in module.named_parameters():
+                    theirs = plain.get_parameter(key).grad
+                    found += reference.differences(f"{where} {key}.grad", parameter.grad, theirs, exact=False)
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("count", [2, 4])
+def test_single_stage_schedules_equal_the_untraced_model(count: int, name: str) -> None:
+    if api.IS_TORCH and name == "skips":
+        pytest.skip("torch: brings inputs to the first stage only")
+    schedules = ["GPipe"] + ([] if api.IS_TORCH and count > 3 else ["1F1B"])
+    assert ranks.run(_compare, count, name=name, schedules=schedules, stages_per_rank=1) == [[]] * count
+
+
+@api.ours_only("schedules of several stages a rank refuse skips")
+@pytest.mark.parametrize("name", MODELS)
+def test_schedules_of_several_stages_a_rank_equal_the_untraced_model(name: str) -> None:
+    schedules = ["Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]
+    assert ranks.run(_compare, 2, name=name, schedules=schedules, stages_per_rank=2) == [[], []]
+
+
+def _evaluate(rank: int, name: str) -> list[str]:
+    """Evaluation before, between and after training steps."""
+    plain, loss_fn = traced.build(name), functools.partial(traced.loss_of, name)
+    stages = [traced.trace(name, 2).build_stage(rank, torch.device("cpu"))]
+    pipeline = make_schedule("1F1B", stages, 3, loss_fn)
+    found = []
+    for number, method in enumerate(["eval", "step", "eval"]):
+        batch = traced.batch(name, ROWS, number)
+        got = step(pipeline, stages, batch, method)
+        expected = reference.evaluate([plain], batch, 3, loss_fn)
+        found += differences_of_step(f"{method} {number}", got, expected, last=rank == 1, exact=False)
+    return found
+
+
+@api.ours_only("brings inputs to the first stage only")
+@pytest.mark.parametrize("name", MODELS)
+def test_traced_models_are_evaluated_between_steps(name: str) -> None:
+    assert ranks.run(_evaluate, 2, name=name) == [[], []]
+
+
+def _pass_by_keyword(rank: int) -> list[str]:
+    plain, loss_fn = traced.build("skips"), functools.partial(traced.loss_of, "skips")
+    stages = [traced.trace("skips", 2, keyword=True).build_stage(rank, torch.device("cpu"))]
+    pipeline = make_schedule("GPipe", stages, 3, loss_fn)
+    batch = traced.batch("skips", ROWS, 0)
+    kwargs = {"attention_mask": batch.args[1]} if rank == 0 else {}
+    got = step(pipeline, stages, reference.Batch(batch.args[:1], batch.target, kwargs), "eval")
+    expected = reference.evaluate([plain], batch, 3, loss_fn)
+    return differences_of_step("eval", got, expected, last=rank == 1, exact=False)
+
+
+@api.ours_only("brings inputs to the first stage only")
+def test_keyword_inputs_go_in_at_the_first_rank() -> None:
+    assert ranks.run(_pass_by_keyword, 2) == [[], []]
+
+
+def test_a_pipe_knows_its_stages_and_keeps_parameter_names() -> None:
+    plain, pipe = traced.build("skips"), traced.trace("skips", 4)
+    assert pipe.num_stages == 4
+    names = [name for index in range(4) for name, _ in pipe.get_stage_module(index).named_parameters()]
+    assert sorted(names) == sorted(name for name, _ in plain.named_parameters())
