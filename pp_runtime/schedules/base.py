@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from pp_runtime.errors import PipelineModeError, PipelineTypeError, PipelineUsageError
-from pp_runtime.ir import FORWARD
+from pp_runtime.ir import FORWARD, REDUCE_GRAD
 from pp_runtime.microbatch import TensorChunkSpec
 from pp_runtime.schedules.batches import BatchHandling
 from pp_runtime.schedules.checks import check_chunk_spec, check_loss_function, check_microbatch_count
@@ -32,6 +32,7 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
     """
 
     _order_name: ClassVar[str | None] = None
+    _trains: ClassVar[bool] = True
     _stages: list[_PipelineStageBase]
     _backward_requires_autograd: bool = True
 
@@ -56,7 +57,7 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
         self._output_merge_spec = output_merge_spec
         # True divides the summed gradients by the number of microbatches, which suits a loss that averages over rows.
         self.scale_grads = scale_grads
-        self._has_backward = self._loss_fn is not None
+        self._has_backward = self._trains and self._loss_fn is not None
 
         self._runtime: Runtime | None = None
         self._order_has_backward = True
@@ -127,26 +128,32 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
         for stage in self._stages:
             stage.has_backward = self._has_backward
         runtime = self._ensure_runtime()
-        self._internal_losses.clear()
-        self._current_step.backward_counter.clear()
+        training = self._has_backward and self._order_has_backward
+        self._begin_custom_step()
+        for stage in self._stages:
+            stage.output_chunks = []
         self._current_step.context = _PipelineContext(self, arg_mbs, kwarg_mbs, target_mbs, losses)
         try:
             result = runtime.step(
                 arg_mbs,
                 kwarg_mbs,
                 target_mbs,
-                training=self._has_backward and self._order_has_backward,
+                training=training,
                 return_outputs=return_outputs,
                 loss_kwargs=loss_kwargs,
             )
             step_losses = self._all_losses(result.losses)
         finally:
-            self._current_step.context = None
-            self._internal_losses.clear()
+            self._end_custom_step()
+            if runtime.over():
+                self._runtime = None  # a failed step ends its runtime on every rank
+        if training and self.scale_grads and REDUCE_GRAD not in self._comp_type_to_function_map:
+            for stage in self._stages:
+                stage.scale_grads(self._n_microbatches)
         last_stage = self._last_stage()
         if last_stage is None:
             return
-        last_stage.output_chunks = list(result.outputs or ()) if return_outputs else []
+        last_stage.output_chunks = self._all_outputs(result.outputs, last_stage.output_chunks) if return_outputs else []
         if losses is not None:
             losses[:] = step_losses
 
@@ -183,6 +190,7 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
             # The usage error is what its user must see, also if the others cannot be told.
             with contextlib.suppress(Exception):
                 self._ensure_runtime().refuse(error)
+            self._runtime = None
 
     def _check_mode(self, target: Any, loss_kwargs: Any) -> None:
         if self._has_backward and self._backward_requires_autograd and not torch.is_grad_enabled():

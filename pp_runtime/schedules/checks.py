@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pp_runtime.errors import PipelineTypeError, PipelineUsageError
-from pp_runtime.ir import Placement
 
 if TYPE_CHECKING:
     from pp_runtime.stage import _PipelineStageBase
@@ -84,15 +83,3 @@ def check_stages(stages: Any) -> list[_PipelineStageBase]:
                 f"{first.stage_index} is rank {first.group_rank} of {first.group_size}: make all with the same group"
             )
     return checked
-
-
-def check_own_stages(stages: Sequence[_PipelineStageBase], placement: Placement, schedule: str) -> None:
-    """An error unless this rank has the stages that the schedule's placement gives to it."""
-    rank = stages[0].group_rank
-    have = sorted(stage.stage_index for stage in stages)
-    wanted = [stage for stage, owner in enumerate(placement) if owner == rank]
-    if have != wanted:
-        raise PipelineUsageError(
-            f"{schedule} places stages {wanted} on rank {rank}, but this rank was given stages {have}: "
-            f"build the stages of this placement (stage to rank: {dict(enumerate(placement))})"
-        )

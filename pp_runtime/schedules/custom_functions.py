@@ -18,6 +18,7 @@ class CustomFunctions:
 
     _n_microbatches: int
     _loss_fn: Callable[..., Any] | None
+    _has_backward: bool
     _runtime: Any
 
     def __init__(self) -> None:
@@ -36,6 +37,14 @@ class CustomFunctions:
             raise PipelineTypeError(f"custom_function must be callable, got {type(custom_function).__name__}")
         self._comp_type_to_function_map[check_custom_type(computation_type)] = custom_function
         self._runtime = None  # the next step is planned anew
+
+    def _begin_custom_step(self) -> None:
+        self._internal_losses.clear()
+        self._current_step.backward_counter.clear()
+
+    def _end_custom_step(self) -> None:
+        self._internal_losses.clear()
+        self._current_step.context = None
 
     def _handlers(self) -> dict[ActionType, Callable[..., None]]:
         return {kind: self._current_step.handler(func) for kind, func in self._comp_type_to_function_map.items()}
@@ -56,7 +65,10 @@ class CustomFunctions:
         """For custom functions that run a forward: compute and keep the loss if the stage is the last one."""
         if stage.is_last and self._loss_fn is not None:
             target = None if target_mbs is None else target_mbs[mb_index]
-            self._internal_losses[mb_index] = self._compute_loss(output, target, loss_kwargs)
+            loss = self._compute_loss(output, target, loss_kwargs)
+            self._internal_losses[mb_index] = loss
+            if self._has_backward and loss.requires_grad:
+                stage._core.set_loss(mb_index, loss)  # where a backward without a handler begins
 
     def _maybe_get_loss(self, stage: Any, mb_index: int) -> Any:
         """For custom functions that run a backward: this microbatch's loss, or None if the stage is not the last.
@@ -64,6 +76,13 @@ class CustomFunctions:
         None also if the runtime ran the forward: it then holds the loss, and ``backward_one_chunk`` starts from it.
         """
         return self._internal_losses.get(mb_index) if stage.is_last else None
+
+    def _all_outputs(self, outputs: list[Any] | None, custom: list[Any]) -> list[Any]:
+        """The last stage's outputs in microbatch order; ``custom`` are those of custom forwards, as they ran."""
+        if not custom:
+            return list(outputs or ())
+        rest = iter(custom)
+        return [next(rest) if output is None else output for output in outputs or [None] * len(custom)]
 
     def _all_losses(self, runtime_losses: list[torch.Tensor]) -> list[torch.Tensor]:
         """The losses of the runtime's own forwards and of custom ones, in microbatch order."""

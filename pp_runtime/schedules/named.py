@@ -18,10 +18,7 @@ class _ScheduleForwardOnly(PipelineScheduleSingle):
     """All forwards, no backward and no loss."""
 
     _order_name = "ForwardOnly"
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._has_backward = False
+    _trains = False
 
     def _check_mode(self, target: Any, loss_kwargs: Any) -> None:
         if target is not None:

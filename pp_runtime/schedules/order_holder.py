@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from pp_runtime.csv_files import FileFormat, dump_order, load_order
 from pp_runtime.errors import InvalidOrderError, PipelineModeError, PipelineUsageError
 from pp_runtime.ir import (
     BACKWARD_INPUT,
@@ -18,13 +19,11 @@ from pp_runtime.ir import (
     placement_of,
     to_torch_form,
 )
-from pp_runtime.schedules.checks import check_own_stages
 
 if TYPE_CHECKING:
     from pp_runtime.stage import _PipelineStageBase
 
 TorchOrder = dict[int, list[Action | None]]
-FileFormat = Literal["compute_only", "compute_comms"]
 
 
 class OrderHolder:
@@ -85,7 +84,6 @@ class OrderHolder:
 
     def _set_order(self, order: Order, placement: Placement) -> None:
         """Take an order that is known to be right."""
-        check_own_stages(self._stages, placement, type(self).__name__)
         self._order, self._shown = order, None
         self._given = self._given_with_comms = None
         self._place(placement)
@@ -135,7 +133,6 @@ class OrderHolder:
             verify_communication(order, placement, self._n_microbatches)
         else:
             verify(order, placement, self._n_microbatches, forward_only=not has_backwards(order.values()))
-        check_own_stages(self._stages, placement, "the order")
         self._place(placement)
 
     def _order_changed(self) -> None:
@@ -145,14 +142,11 @@ class OrderHolder:
 
     def _load_csv(self, filename: str, format: FileFormat = "compute_only") -> None:
         """Take the order from a file in one of torch's two formats; it also says which rank has which stages."""
-        from pp_runtime.csv_files import load_order
-
-        self._take_order(load_order(filename), format)
+        self._take_order(load_order(filename, format), format)
 
     def _take_order(self, actions: Mapping[int, Sequence[Action | None]], format: FileFormat) -> None:
         """Take an order in one of torch's two forms; one that cannot run leaves the schedule as it was."""
-        if format not in ("compute_only", "compute_comms"):
-            raise PipelineUsageError(f"format must be 'compute_only' or 'compute_comms', got {format!r}")
+        _check_format(format)
         before = self._given, self._given_with_comms
         if format == "compute_only":
             self._given, self._given_with_comms = {rank: list(row) for rank, row in actions.items()}, None
@@ -167,14 +161,14 @@ class OrderHolder:
 
     def _dump_csv(self, filename: str, format: FileFormat = "compute_only") -> None:
         """Write the order to a file in one of torch's two formats."""
-        from pp_runtime.csv_files import dump_order
+        _check_format(format)
+        order = self.pipeline_order if format == "compute_only" else self.pipeline_order_with_comms
+        dump_order(filename, order)
 
-        if format == "compute_only":
-            dump_order(filename, self.pipeline_order)
-        elif format == "compute_comms":
-            dump_order(filename, self.pipeline_order_with_comms)
-        else:
-            raise PipelineUsageError(f"format must be 'compute_only' or 'compute_comms', got {format!r}")
+
+def _check_format(format: str) -> None:
+    if format not in ("compute_only", "compute_comms"):
+        raise PipelineUsageError(f"format must be 'compute_only' or 'compute_comms', got {format!r}")
 
 
 def has_backwards(rows: Iterable[Iterable[Action]]) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from pp_runtime.csv_files import FileFormat
 from pp_runtime.schedules.multi import PipelineScheduleMulti
-from pp_runtime.schedules.order_holder import FileFormat, TorchOrder
+from pp_runtime.schedules.order_holder import TorchOrder
 
 
 class _AllDone(dict):
