@@ -1,5 +1,6 @@
 #include "backward/bindings_backward.h"
 #include "executor.h"
+#include "transport/c10d.h"
 #include "transport/shared_memory.h"
 #include "watch.h"
 
@@ -71,6 +72,25 @@ void bind_transport(py::module_& m) {
           py::arg("name"),
           py::arg("watch"),
           py::arg("spin_ns"));
+  py::class_<WaitGuard, std::shared_ptr<WaitGuard>>(m, "WaitGuard")
+      .def(py::init<std::shared_ptr<Watch>>(), py::arg("watch"));
+  const auto path = [](c10::intrusive_ptr<c10d::ProcessGroup> group, int peer, int tag, at::Device device, std::string name) {
+    return C10dPath{std::move(group), peer, tag, device, std::move(name)};
+  };
+  py::class_<C10dPath>(m, "C10dPath")
+      .def(py::init(path), py::arg("group"), py::arg("peer"), py::arg("tag"), py::arg("device"), py::arg("name"));
+  py::class_<C10dSendChannel, SendChannel, std::shared_ptr<C10dSendChannel>>(m, "C10dSendChannel")
+      .def(
+          py::init<C10dPath, std::shared_ptr<Watch>, std::shared_ptr<WaitGuard>>(),
+          py::arg("path"),
+          py::arg("watch"),
+          py::arg("guard"));
+  py::class_<C10dReceiveChannel, ReceiveChannel, std::shared_ptr<C10dReceiveChannel>>(m, "C10dReceiveChannel")
+      .def(
+          py::init<C10dPath, std::shared_ptr<Watch>, std::shared_ptr<WaitGuard>>(),
+          py::arg("path"),
+          py::arg("watch"),
+          py::arg("guard"));
   py::class_<Token>(m, "Token")
       .def(py::init<uint64_t>(), py::arg("value"))
       .def_property_readonly("fd", &Token::fd)

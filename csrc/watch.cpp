@@ -17,6 +17,10 @@ void Watch::look(Clock::time_point waiting_since) {
       throw Interrupted();
     }
   }
+  look_for_failure(waiting_since);
+}
+
+void Watch::look_for_failure(Clock::time_point waiting_since) {
   const std::string record = failure();
   if (!record.empty()) {
     throw PeerFailed(record);

@@ -45,6 +45,9 @@ class Watch {
   /// Throws PeerFailed, WaitedTooLong or Interrupted. Called by a waiting rank every kInterval, without the GIL.
   void look(Clock::time_point waiting_since);
 
+  /// The same without the signals: for any thread.
+  void look_for_failure(Clock::time_point waiting_since);
+
   /// The published failure, or an empty text. Any thread.
   std::string failure();
 

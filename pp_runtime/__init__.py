@@ -1,1 +1,76 @@
-"""Pipeline-parallel training with the API of torch.distributed.pipelining on a planned C++ runtime."""
+"""Pipeline-parallel training with the API of torch.distributed.pipelining on a planned C++ runtime.
+
+The names are those of torch.distributed.pipelining, so a program changes its imports and nothing else::
+
+    from pp_runtime import PipelineStage, Schedule1F1B
+
+    stage = PipelineStage(module, rank, num_stages, device)
+    schedule = Schedule1F1B(stage, n_microbatches=8, loss_fn=loss_fn)
+    schedule.step(x)  # on the rank of the first stage
+    schedule.step(target=y, losses=losses)  # on the rank of the last
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ._extension import check_extension
+
+check_extension()
+
+from .errors import InvalidOrderError, PipelineError, PipelineUsageError  # noqa: E402
+from .schedules import (  # noqa: E402
+    Schedule1F1B,
+    ScheduleAuto,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleLoopedBFS,
+    ScheduleVHalf,
+    ScheduleVMin,
+    ScheduleZB1P,
+    ScheduleZB2P,
+    ScheduleZBVZeroBubble,
+    get_schedule_class,
+)
+from .stage import PipelineStage, build_stage  # noqa: E402
+
+if TYPE_CHECKING:
+    from .tracing import Pipe, SplitPoint, pipe_split, pipeline
+
+__all__ = [
+    "InvalidOrderError",
+    "Pipe",
+    "PipelineError",
+    "PipelineStage",
+    "PipelineUsageError",
+    "Schedule1F1B",
+    "ScheduleAuto",
+    "ScheduleDualPipeV",
+    "ScheduleGPipe",
+    "ScheduleInterleaved1F1B",
+    "ScheduleInterleavedZeroBubble",
+    "ScheduleLoopedBFS",
+    "ScheduleVHalf",
+    "ScheduleVMin",
+    "ScheduleZB1P",
+    "ScheduleZB2P",
+    "ScheduleZBVZeroBubble",
+    "SplitPoint",
+    "build_stage",
+    "get_schedule_class",
+    "pipe_split",
+    "pipeline",
+]
+
+# The tracer needs torch.distributed.pipelining, whose import takes a while; it is fetched when first used.
+_TRACING = ("Pipe", "SplitPoint", "pipe_split", "pipeline")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _TRACING:
+        from . import tracing
+
+        return getattr(tracing, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

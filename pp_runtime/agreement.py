@@ -1,7 +1,7 @@
 """What the ranks of a pipeline tell each other before their first step, through the process group's store.
 
-    claim    what each rank holds and means to run; compared, so that a mistake is an error on every rank
-    reach    which ranks' memory each rank can read, so that both ends of a channel choose the same transport
+claim    what each rank holds and means to run; compared, so that a mistake is an error on every rank
+reach    which ranks' memory each rank can read, so that both ends of a channel choose the same transport
 """
 
 from __future__ import annotations
@@ -33,17 +33,26 @@ class Claim:
     order: str
 
 
+def group_or_world(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The group, or the default one."""
+    world = group if group is not None else dist.group.WORLD
+    if world is None:
+        raise PipelineUsageError("there is no process group: call torch.distributed.init_process_group() first")
+    return world
+
+
 class Agreement:
     """The store as the ranks of one runtime use it. Runtimes of one group are numbered in the order of their making."""
 
     def __init__(self, group: dist.ProcessGroup | None, deadline: float) -> None:
-        process_group = group if group is not None else dist.group.WORLD
+        process_group = group_or_world(group)
         serial = _serials.get(process_group, 0)
         _serials[process_group] = serial + 1
+        self.serial = serial
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self._prefix = f"pp_runtime/{serial}"
-        store = dist.distributed_c10d._get_process_group_store(process_group)
+        store: Any = dist.distributed_c10d._get_process_group_store(process_group)
         # A clone has a connection of its own: a look at the failure key never stands behind somebody's blocking get.
         self._store = store.clone()
         self._deadline = deadline
@@ -71,7 +80,8 @@ class Agreement:
         waited = time.monotonic() - since
         if waited > self._deadline:
             raise PipelineError(
-                f"rank {self.rank} waited {waited:.1f} s for rank {rank} to begin its first step ({topic}): call step() on every rank of the group",
+                f"rank {self.rank} waited {waited:.1f} s for rank {rank} to begin its first step ({topic}): "
+                "call step() on every rank of the group",
                 rank=rank,
             )
 
@@ -91,7 +101,9 @@ def check_claims(claims: list[Claim]) -> None:
                 )
     missing = sorted(set(range(first.num_stages)) - set(holders))
     if missing:
-        raise PipelineUsageError(f"no rank holds stage {missing[0]}: each of the {first.num_stages} stages needs a rank")
+        raise PipelineUsageError(
+            f"no rank holds stage {missing[0]}: each of the {first.num_stages} stages needs a rank"
+        )
     for rank, claim in enumerate(claims):
         for stage in claim.stages:
             if claim.placement[stage] != rank:
@@ -105,4 +117,6 @@ def check_claims(claims: list[Claim]) -> None:
 
 def _check_same(rank: int, what: str, value: Any, expected: Any) -> None:
     if value != expected:
-        raise PipelineUsageError(f"{what} is {value} on rank {rank} and {expected} on rank 0: make it the same on every rank")
+        raise PipelineUsageError(
+            f"{what} is {value} on rank {rank} and {expected} on rank 0: make it the same on every rank"
+        )

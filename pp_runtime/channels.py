@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from . import _C
-from .agreement import Agreement
+from .agreement import Agreement, group_or_world
 from .errors import PipelineUsageError
 from .lowering import Channel
 
@@ -21,13 +21,18 @@ TRANSPORTS = ("auto", "shared_memory", "c10d")
 # A wait spins this long before it sleeps, where every rank has a core to itself.
 _SPIN_NS = 100_000
 
+# Tags are 31 bits; edges are numbered by their two stages.
+_TAGS = 2**31
+_MOST_STAGES = 2048
+_TAGS_A_RUNTIME = 4 * _MOST_STAGES * _MOST_STAGES
+
 
 @dataclass(frozen=True, slots=True)
 class OpenChannels:
-    """The ends of this rank's channels, in the order of the program's tables."""
+    """The ends of this rank's channels."""
 
-    senders: list[Any]
-    receivers: list[Any]
+    senders: dict[Channel, _C.SendChannel]
+    receivers: dict[Channel, _C.ReceiveChannel]
 
 
 def chosen_transport() -> str:
@@ -48,7 +53,7 @@ def open_channels(
 ) -> OpenChannels:
     """Open both tables of channels. Every rank of the group must call it, at the same point."""
     if agreement.size == 1:
-        return OpenChannels([], [])
+        return OpenChannels({}, {})
     chosen = chosen_transport()
     may_share = device.type == "cpu" and chosen != "c10d"
     token = secrets.randbits(63)
@@ -74,29 +79,66 @@ def open_channels(
     shared = [reach[agreement.rank][rank] and reach[rank][agreement.rank] for rank in range(agreement.size)]
     if chosen == "shared_memory" and not all(shared):
         raise PipelineUsageError(
-            f"PP_RUNTIME_TRANSPORT=shared_memory, but rank {agreement.rank} does not share memory with rank {shared.index(False)}: "
-            "unset it to let c10d carry what shared memory cannot"
+            f"PP_RUNTIME_TRANSPORT=shared_memory, but rank {agreement.rank} does not share memory with rank "
+            f"{shared.index(False)}: unset it to let c10d carry what shared memory cannot"
         )
     # Every rank works out the same: the ranks on its host are those it shares memory with.
     spin = _spin_ns([word for word, same_host in zip(words, shared, strict=True) if same_host])
 
-    def sender(channel: Channel) -> Any:
-        if not shared[channel.receiver]:
-            return _c10d_sender(agreement, group, device, channel)
+    c10d = None if all(shared) else _C10dChannels(agreement, group, device)
+
+    def sender(channel: Channel) -> _C.SendChannel:
+        if c10d is not None and not shared[channel.receiver]:
+            return c10d.sender(channel)
         offered[channel].connect(channel.receiver, words[channel.receiver]["pid"], spin)
         return offered[channel]
 
-    def receiver(channel: Channel) -> Any:
-        if not shared[channel.sender]:
-            return _c10d_receiver(agreement, group, device, channel)
+    def receiver(channel: Channel) -> _C.ReceiveChannel:
+        if c10d is not None and not shared[channel.sender]:
+            return c10d.receiver(channel)
         word = words[channel.sender]
         fd = word["channels"][_key(channel)]
         return _C.SharedReceiveChannel(channel.sender, word["pid"], fd, channel.name, agreement.watch, spin)
 
-    opened = OpenChannels([sender(channel) for channel in senders], [receiver(channel) for channel in receivers])
+    opened = OpenChannels(
+        {channel: sender(channel) for channel in senders}, {channel: receiver(channel) for channel in receivers}
+    )
     # The token and the offers must live until every peer has opened them.
     agreement.exchange("opened", {})
     return opened
+
+
+class _C10dChannels:
+    """Makes the ends of channels that go through the process group; each channel has two tags of its own."""
+
+    def __init__(self, agreement: Agreement, group: dist.ProcessGroup | None, device: torch.device) -> None:
+        self._group = _with_host_messages(group_or_world(group), device)
+        self._watch = agreement.watch
+        self._guard = _C.WaitGuard(agreement.watch)
+        self._device = device
+        self._first_tag = agreement.serial * _TAGS_A_RUNTIME
+
+    def sender(self, channel: Channel) -> _C.SendChannel:
+        return _C.C10dSendChannel(self._path(channel, channel.receiver), self._watch, self._guard)
+
+    def receiver(self, channel: Channel) -> _C.ReceiveChannel:
+        return _C.C10dReceiveChannel(self._path(channel, channel.sender), self._watch, self._guard)
+
+    def _path(self, channel: Channel, peer: int) -> _C.C10dPath:
+        # Edges between the same two ranks are told apart by their stages.
+        number = (channel.source * _MOST_STAGES + channel.destination) * 2 + channel.backward
+        tag = (self._first_tag + 2 * number) % _TAGS
+        return _C.C10dPath(self._group, peer, tag, self._device, channel.name)
+
+
+def _with_host_messages(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+    """The group, or, where it has no backend for host tensors, one that has."""
+    if device.type == "cpu" or torch.device("cpu") in group._device_types:
+        return group
+    ranks = dist.get_process_group_ranks(group)
+    return dist.new_group(
+        ranks, backend=f"cpu:gloo,{device.type}:{dist.get_backend(group)}", use_local_synchronization=True
+    )
 
 
 def _key(channel: Channel) -> str:
@@ -107,11 +149,3 @@ def _spin_ns(words: Sequence[Mapping[str, Any]]) -> int:
     """How long to spin: not at all where ranks (with their compute threads) must share cores."""
     cores = set().union(*(word["cores"] for word in words))
     return _SPIN_NS if len(words) > 1 and sum(word["threads"] for word in words) <= len(cores) else 0
-
-
-def _c10d_sender(agreement: Agreement, group: dist.ProcessGroup | None, device: torch.device, channel: Channel) -> Any:
-    raise NotImplementedError(channel.name)
-
-
-def _c10d_receiver(agreement: Agreement, group: dist.ProcessGroup | None, device: torch.device, channel: Channel) -> Any:
-    raise NotImplementedError(channel.name)

@@ -25,11 +25,18 @@ class FailureRecord:
 
     @staticmethod
     def of(
-        error: BaseException, rank: int, *, stage: int | None = None, microbatch: int | None = None, action: str | None = None
+        error: BaseException,
+        rank: int,
+        *,
+        stage: int | None = None,
+        microbatch: int | None = None,
+        action: str | None = None,
     ) -> FailureRecord:
         """The record of an error on this rank."""
         text = "".join(traceback.format_exception(error))
-        return FailureRecord(rank, type(error).__name__, str(error), text[-_LONGEST_TRACEBACK:], stage, microbatch, action)
+        return FailureRecord(
+            rank, type(error).__name__, str(error), text[-_LONGEST_TRACEBACK:], stage, microbatch, action
+        )
 
     def to_text(self) -> str:
         """As it is published."""

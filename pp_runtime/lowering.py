@@ -69,8 +69,9 @@ class Lowered:
 class Lowering:
     """Lowers the actions of one rank.
 
-    ``edges`` are (source stage, destination stage) pairs; their places in it are the program's edge numbers. ``slots`` gives each stage of this
-    rank its place in the executor's table. ``handlers`` are called in place of the runtime for the types that they name.
+    ``edges`` are (source stage, destination stage) pairs; their places in it are the program's edge numbers. ``slots``
+    gives each stage of this rank its place in the executor's table. ``handlers`` are called in place of the runtime for
+    the types that they name.
     """
 
     def __init__(
@@ -188,7 +189,15 @@ class Lowering:
         callback: int = -1,
     ) -> None:
         slot = self._slots[stage] if stage >= 0 else -1
-        self._lowered.numbers += (operation, flags, slot, -1 if microbatch is None else microbatch, edge, channel, callback)
+        self._lowered.numbers += (
+            operation,
+            flags,
+            slot,
+            -1 if microbatch is None else microbatch,
+            edge,
+            channel,
+            callback,
+        )
 
 
 def _last_backwards(actions: Sequence[Action]) -> dict[int, Action]:

@@ -91,7 +91,11 @@ class Plan:
     def forward_only(self) -> Order:
         """The same order without its backwards: what an evaluation runs."""
         order = {rank: _forwards(actions) for rank, actions in self.order.items()}
-        return order if self._with_comms else insert_communication(order, self.placement, self.wiring.edges, backward=False)
+        return (
+            order
+            if self._with_comms
+            else insert_communication(order, self.placement, self.wiring.edges, backward=False)
+        )
 
     def credits(self) -> dict[Channel, int]:
         """For each channel, how many messages its receiver needs room for."""

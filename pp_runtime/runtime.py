@@ -1,4 +1,4 @@
-"""Runs a schedule's steps on this rank: plans once, agrees with the other ranks, then hands every step to the C++ executor."""
+"""Runs a schedule on this rank: plans once, agrees with the other ranks, then leaves each step to the executor."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ class StepResult:
 class Runtime:
     """One rank's side of a pipeline.
 
-    Making it talks to nobody. The first step exchanges claims with the other ranks, opens the channels and builds the executors; if that or a step fails on any rank, every rank raises and this
-    runtime is over: the schedule makes a new one for its next step.
+    Making it talks to nobody. The first step exchanges claims with the other ranks, opens the channels and builds the
+    executor. If that or a step fails on any rank, every rank raises and this runtime is over: the schedule makes a new
+    one for its next step.
     """
 
     def __init__(
@@ -62,11 +63,16 @@ class Runtime:
         self._rank = stages[0].group_rank
         self._group = stages[0].group
         self._plan = Plan(
-            order, placement, num_microbatches, Wiring.of(self._stages), has_backward=has_backward, with_comms=with_comms
+            order,
+            placement,
+            num_microbatches,
+            Wiring.of(self._stages),
+            has_backward=has_backward,
+            with_comms=with_comms,
         )
         self._handlers = handlers_of(self._stages, custom_functions or {})
         self._agreement: Agreement | None = None
-        self._channels: OpenChannels | None = None
+        self._open_channels: OpenChannels | None = None
         self._executors: dict[bool, _C.Executor] = {}
         self._step = 0
         self._over = False
@@ -85,11 +91,10 @@ class Runtime:
         return_outputs: bool = True,
         loss_kwargs: dict | None = None,
     ) -> StepResult:
-        """Run every microbatch through this rank's part of the order. Raises what failed first, on whichever rank that was."""
+        """Run every microbatch through this rank's part of the order. Raises what failed first, on whichever rank."""
         executor = None
         try:
-            self._begin()
-            executor = self._last = self._executor(training)
+            executor = self._last = self._executor(training, self._begin())
             executor.run(
                 self._step, arg_mbs, kwarg_mbs, target_mbs, self._loss_fn, loss_kwargs, training, return_outputs
             )
@@ -133,21 +138,22 @@ class Runtime:
 
     # Beginning and end
 
-    def _begin(self) -> None:
+    def _begin(self) -> OpenChannels:
         if self._over:
             raise PipelineModeError("an earlier step of this schedule failed: make a new schedule")
-        if self._channels is None:
-            self._open()
+        if self._open_channels is None:
+            self._open_channels = self._open()
         for stage in self._stages:
             stage.refresh()
+        return self._open_channels
 
-    def _open(self) -> None:
+    def _open(self) -> OpenChannels:
         if self._agreement is None:
             self._agreement = Agreement(self._group, _deadline())
         self._check_claims(self._agreement)
+        # The training program's channels serve evaluations too: those use some of them.
         lowered = self._lowered(training=self._has_backward)
-        self._tables = lowered.send_channels, lowered.receive_channels
-        self._channels = open_channels(
+        return open_channels(
             self._agreement,
             self._group,
             self._stages[0].device,
@@ -155,7 +161,6 @@ class Runtime:
             lowered.receive_channels,
             self._plan.credits(),
         )
-        self._executors[self._has_backward] = self._build(lowered)
 
     def _check_claims(self, agreement: Agreement) -> None:
         plan = self._plan
@@ -169,27 +174,27 @@ class Runtime:
         )
         words = agreement.exchange("claim", asdict(own))
         check_claims(
-            [Claim(**{**word, "stages": tuple(word["stages"]), "placement": tuple(word["placement"])}) for word in words]
+            [
+                Claim(**{**word, "stages": tuple(word["stages"]), "placement": tuple(word["placement"])})
+                for word in words
+            ]
         )
 
     def _lowered(self, *, training: bool) -> Lowered:
         return self._plan.lower(self._rank, training=training, handlers=self._handlers)
 
-    def _executor(self, training: bool) -> _C.Executor:
+    def _executor(self, training: bool, channels: OpenChannels) -> _C.Executor:
         if training not in self._executors:
-            self._executors[training] = self._build(self._lowered(training=training))
+            self._executors[training] = self._build(self._lowered(training=training), channels)
         return self._executors[training]
 
-    def _build(self, lowered: Lowered) -> _C.Executor:
-        assert self._channels is not None
-        senders = dict(zip(self._tables[0], self._channels.senders, strict=True))
-        receivers = dict(zip(self._tables[1], self._channels.receivers, strict=True))
+    def _build(self, lowered: Lowered, channels: OpenChannels) -> _C.Executor:
         executor = _C.Executor(
             lowered.numbers,
             [stage._core for stage in self._stages],
             self._plan.wiring.core_edges(),
-            [senders[channel] for channel in lowered.send_channels],
-            [receivers[channel] for channel in lowered.receive_channels],
+            [channels.senders[channel] for channel in lowered.send_channels],
+            [channels.receivers[channel] for channel in lowered.receive_channels],
             lowered.callbacks,
             lowered.callback_names,
             self._plan.num_microbatches,

@@ -23,8 +23,8 @@ __all__ = ["PipelineStage", "build_stage"]
 class _PipelineStageBase:
     """What manual and traced stages have in common.
 
-    Attributes that programs read: ``submod`` (may be replaced between steps), ``stage_index``, ``num_stages``, ``is_first``, ``is_last``,
-    ``device``, ``group``, ``group_rank``, ``group_size``, ``has_backward``.
+    Attributes that programs read: ``submod`` (may be replaced between steps), ``stage_index``, ``num_stages``,
+    ``is_first``, ``is_last``, ``device``, ``group``, ``group_rank``, ``group_size``, ``has_backward``.
     """
 
     def __init__(
@@ -47,7 +47,8 @@ class _PipelineStageBase:
         self.group_size = dist.get_world_size(group)
         if self.group_rank < 0:
             raise PipelineUsageError(
-                f"this rank ({dist.get_rank()}) is not in the process group of stage {stage_index}: make the stage only on the group's ranks"
+                f"this rank ({dist.get_rank()}) is not in the process group of stage {stage_index}: "
+                "make the stage only on the group's ranks"
             )
         if self.group_size > num_stages:
             raise PipelineModeError(
@@ -74,7 +75,7 @@ class _PipelineStageBase:
 
     @property
     def wiring(self) -> StageWiring | None:
-        """Which outputs of which stages are this one's inputs; None for a chain, where all of a stage's outputs go to the next."""
+        """Which outputs of which stages are this one's inputs; None for a chain, where all outputs go to the next."""
         return None
 
     # What the runtime uses
@@ -112,16 +113,20 @@ class _PipelineStageBase:
         kwargs: dict[str, Any] | None = None,
         save_forward_output: bool = True,
     ) -> Any:
-        """Run one microbatch forward and return the output. ``args`` are the first stage's; others take what they received."""
+        """Run one microbatch forward, on ``args`` in the first stage, elsewhere on what was received."""
         output = self._core.forward(fwd_chunk_id, tuple(args or ()), kwargs or {})
         if self.is_last and save_forward_output:
             self.output_chunks.append(output)
         return output
 
     def backward_one_chunk(
-        self, bwd_chunk_id: int, loss: torch.Tensor | None = None, full_backward: bool = True, last_backward: bool = False
+        self,
+        bwd_chunk_id: int,
+        loss: torch.Tensor | None = None,
+        full_backward: bool = True,
+        last_backward: bool = False,
     ) -> None:
-        """Run one microbatch backward: all of it, or the input half, after which ``backward_weight_one_chunk`` is due."""
+        """Run one microbatch backward: all of it, or the input half only."""
         if not self.has_backward:
             return
         if self.is_last and loss is not None:
@@ -176,7 +181,8 @@ class PipelineStage(_PipelineStageBase):
         submodule: the stage's part of the model. Its positional inputs are the outputs of the stage before it.
         stage_index, num_stages: which stage, of how many.
         device: where the module is.
-        input_args, output_args, output_grads, input_grads: accepted for torch's sake. Shapes and dtypes are taken from what is sent.
+        input_args, output_args, output_grads, input_grads: accepted for torch's sake. Shapes and dtypes are taken from
+            what is sent.
         group: the process group of the pipeline; the default group if None.
         dw_builder: returns, once a microbatch, the function that computes the weight gradients, as in torch.
         get_mesh: accepted for torch's sake.

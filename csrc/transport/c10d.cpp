@@ -1,0 +1,277 @@
+#include "transport/c10d.h"
+
+#include <ATen/Functions.h>
+
+#include <cstring>
+#include <utility>
+
+namespace pp_runtime {
+
+namespace {
+
+/// The fixed-size block that begins a message: small enough to cost no more than its latency.
+constexpr size_t kBlockBytes = 4096;
+constexpr size_t kAhead = 2;
+constexpr size_t kSendsInFlight = 8;
+constexpr std::chrono::milliseconds kGrace{500};
+
+struct BlockHead {
+  uint32_t description_bytes;
+  /// Where the description is too long for the block, it comes whole in a message of its own.
+  uint8_t description_follows;
+  uint8_t payload_inside;
+};
+
+at::Tensor bytes_on(at::Device device, size_t bytes) {
+  return at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions(at::kByte).device(device));
+}
+
+char* data(const at::Tensor& buffer) {
+  return static_cast<char*>(buffer.mutable_data_ptr());
+}
+
+bool fits_inside(size_t description_bytes, size_t payload_bytes, at::Device device) {
+  return device.is_cpu() &&
+      align_up(sizeof(BlockHead) + description_bytes, kPayloadAlignment) + payload_bytes <= kBlockBytes;
+}
+
+/// A pending operation may still be written to by the backend's thread, so what it uses is kept for the process's life.
+template <typename Pending>
+void abandon(Pending& pending) {
+  static std::mutex mutex;
+  static auto* kept = new std::vector<std::pair<c10::intrusive_ptr<c10d::Work>, at::Tensor>>();
+  const std::lock_guard lock(mutex);
+  for (auto& operation : pending) {
+    kept->emplace_back(std::move(operation.work), std::move(operation.buffer));
+  }
+  pending.clear();
+}
+
+/// The tensors of `spec` as views of one packed buffer; they keep it alive.
+std::vector<at::Tensor> unpack(const at::Tensor& buffer, const MessageSpec& spec, size_t payload_at) {
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(spec.tensors.size());
+  for (const TensorSpec& tensor : spec.tensors) {
+    if (!tensor.defined) {
+      tensors.emplace_back();
+    } else if (tensor.bytes == 0) {
+      tensors.push_back(at::empty(tensor.sizes, buffer.options().dtype(tensor.dtype)));
+    } else {
+      tensors.push_back(at::from_blob(
+          data(buffer) + payload_at + tensor.offset,
+          tensor.sizes,
+          [buffer](void*) {},
+          buffer.options().dtype(tensor.dtype)));
+    }
+  }
+  return tensors;
+}
+
+/// One buffer on the device with all the tensors of a message.
+at::Tensor packed(const Message& message, const MessageSpec& spec, at::Device device) {
+  at::Tensor buffer = bytes_on(device, spec.payload_bytes);
+  if (device.is_cpu()) {
+    pack(message, spec, data(buffer));
+    return buffer;
+  }
+  const std::vector<at::Tensor> views = unpack(buffer, spec, 0);
+  for (size_t i = 0; i < views.size(); ++i) {
+    if (views[i].defined()) {
+      views[i].copy_(message.tensors[i], /*non_blocking=*/true);
+    }
+  }
+  return buffer;
+}
+
+} // namespace
+
+WaitGuard::WaitGuard(std::shared_ptr<Watch> watch) : watch_(std::move(watch)), thread_([this] { run(); }) {}
+
+WaitGuard::~WaitGuard() {
+  {
+    const std::lock_guard lock(mutex_);
+    stopping_ = true;
+  }
+  changed_.notify_all();
+  thread_.join();
+}
+
+void WaitGuard::run() {
+  std::unique_lock lock(mutex_);
+  while (!stopping_) {
+    if (!waited_for_) {
+      changed_.wait(lock);
+      continue;
+    }
+    changed_.wait_for(lock, Watch::kInterval);
+    if (!waited_for_ || Watch::Clock::now() - since_ < Watch::kInterval) {
+      continue;
+    }
+    const auto work = waited_for_;
+    const auto since = since_;
+    lock.unlock();
+    std::exception_ptr reason;
+    try {
+      watch_->look_for_failure(since);
+    } catch (...) {
+      reason = std::current_exception();
+    }
+    lock.lock();
+    if (reason && waited_for_ == work) {
+      reason_ = reason;
+      work->abort();
+      waited_for_ = nullptr;
+    }
+  }
+}
+
+void WaitGuard::wait(const c10::intrusive_ptr<c10d::Work>& work, int peer) {
+  {
+    const std::lock_guard lock(mutex_);
+    waited_for_ = work;
+    since_ = Watch::Clock::now();
+    reason_ = nullptr;
+  }
+  changed_.notify_all();
+  std::string error;
+  try {
+    work->wait();
+  } catch (const std::exception& failure) {
+    error = failure.what();
+  }
+  std::exception_ptr reason;
+  {
+    const std::lock_guard lock(mutex_);
+    waited_for_ = nullptr;
+    reason = std::exchange(reason_, nullptr);
+  }
+  if (reason) {
+    std::rethrow_exception(reason);
+  }
+  if (error.empty()) {
+    return;
+  }
+  // The connection broke. Where the peer failed it said so before it went; give its word time to arrive.
+  const auto until = Watch::Clock::now() + kGrace;
+  do {
+    watch_->look_for_failure(Watch::Clock::now());
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  } while (Watch::Clock::now() < until);
+  throw PeerLost(peer, "the connection to rank " + std::to_string(peer) + " broke: " + error);
+}
+
+C10dSendChannel::C10dSendChannel(C10dPath path, std::shared_ptr<Watch> watch, std::shared_ptr<WaitGuard> guard)
+    : path_(std::move(path)), watch_(std::move(watch)), guard_(std::move(guard)) {}
+
+C10dSendChannel::~C10dSendChannel() {
+  abandon(in_flight_);
+}
+
+void C10dSendChannel::post(at::Tensor buffer, int tag) {
+  std::vector<at::Tensor> buffers = {buffer};
+  in_flight_.push_back({.work = path_.group->send(buffers, path_.peer, tag), .buffer = std::move(buffer)});
+}
+
+void C10dSendChannel::reap(size_t keep) {
+  while (in_flight_.size() > keep) {
+    guard_->wait(in_flight_.front().work, path_.peer);
+    in_flight_.pop_front();
+  }
+}
+
+void C10dSendChannel::send(Message message) {
+  const MessageSpec spec = MessageSpec::of(message);
+  const std::string description = spec.encode();
+  const bool inside = fits_inside(description.size(), spec.payload_bytes, path_.device);
+  const bool follows = sizeof(BlockHead) + description.size() > kBlockBytes;
+  at::Tensor block = bytes_on(at::kCPU, kBlockBytes);
+  const BlockHead head = {
+      .description_bytes = static_cast<uint32_t>(description.size()),
+      .description_follows = static_cast<uint8_t>(follows),
+      .payload_inside = static_cast<uint8_t>(inside)};
+  std::memcpy(data(block), &head, sizeof(head));
+  if (!follows) {
+    std::memcpy(data(block) + sizeof(head), description.data(), description.size());
+  }
+  if (inside) {
+    pack(message, spec, data(block) + align_up(sizeof(head) + description.size(), kPayloadAlignment));
+  }
+  reap(kSendsInFlight);
+  post(std::move(block), path_.tag);
+  if (follows) {
+    at::Tensor whole = bytes_on(at::kCPU, description.size());
+    std::memcpy(data(whole), description.data(), description.size());
+    post(std::move(whole), path_.tag + 1);
+  }
+  if (!inside && spec.payload_bytes > 0) {
+    post(packed(message, spec, path_.device), path_.tag + 1);
+  }
+}
+
+void C10dSendChannel::finish_step() {
+  reap(0);
+}
+
+C10dReceiveChannel::C10dReceiveChannel(C10dPath path, std::shared_ptr<Watch> watch, std::shared_ptr<WaitGuard> guard)
+    : path_(std::move(path)), watch_(std::move(watch)), guard_(std::move(guard)) {}
+
+C10dReceiveChannel::~C10dReceiveChannel() {
+  abandon(posted_);
+}
+
+void C10dReceiveChannel::begin_step(size_t messages) {
+  to_post_ = messages;
+  post_ahead();
+}
+
+void C10dReceiveChannel::post_ahead() {
+  while (to_post_ > 0 && posted_.size() < kAhead) {
+    at::Tensor block = bytes_on(at::kCPU, kBlockBytes);
+    std::vector<at::Tensor> buffers = {block};
+    posted_.push_back({.work = path_.group->recv(buffers, path_.peer, path_.tag), .buffer = std::move(block)});
+    --to_post_;
+  }
+}
+
+Message C10dReceiveChannel::receive() {
+  if (posted_.empty()) {
+    throw std::logic_error("channel " + path_.name + ": more messages were asked for than the step has");
+  }
+  guard_->wait(posted_.front().work, path_.peer);
+  const at::Tensor block = std::move(posted_.front().buffer);
+  posted_.pop_front();
+  post_ahead();
+  BlockHead head = {};
+  std::memcpy(&head, data(block), sizeof(head));
+  const auto receive_more = [&](size_t bytes, at::Device device) {
+    std::vector<at::Tensor> buffers = {bytes_on(device, bytes)};
+    guard_->wait(path_.group->recv(buffers, path_.peer, path_.tag + 1), path_.peer);
+    return buffers[0];
+  };
+  at::Tensor whole;
+  const char* description = data(block) + sizeof(head);
+  if (head.description_follows != 0) {
+    whole = receive_more(head.description_bytes, at::kCPU);
+    description = data(whole);
+  } else if (sizeof(head) + head.description_bytes > kBlockBytes) {
+    throw std::runtime_error("channel " + path_.name + ": a message's description is longer than its block");
+  }
+  MessageSpec spec = MessageSpec::decode(description, head.description_bytes);
+  Message message{.frame = spec.frame, .tensors = {}, .requires_grad = {}, .structure = std::move(spec.structure)};
+  for (const TensorSpec& tensor : spec.tensors) {
+    message.requires_grad.push_back(static_cast<uint8_t>(tensor.requires_grad));
+  }
+  if (head.payload_inside != 0) {
+    if (!fits_inside(head.description_bytes, spec.payload_bytes, at::kCPU)) {
+      throw std::runtime_error("channel " + path_.name + ": a message's tensors lie outside its block");
+    }
+    message.tensors = unpack(block, spec, align_up(sizeof(head) + head.description_bytes, kPayloadAlignment));
+  } else {
+    const at::Tensor buffer =
+        spec.payload_bytes > 0 ? receive_more(spec.payload_bytes, path_.device) : bytes_on(path_.device, 0);
+    message.tensors = unpack(buffer, spec, 0);
+  }
+  return message;
+}
+
+} // namespace pp_runtime

@@ -1,0 +1,104 @@
+#pragma once
+
+#include "transport/transport.h"
+#include "watch.h"
+
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace pp_runtime {
+
+/// Wakes a thread that waits in a process group when another rank fails or the deadline passes.
+///
+/// A wait in gloo cannot be given a time-out of its own (gloo would close its connections), so a thread of the guard's own looks at the watch meanwhile and
+/// aborts the work. One guard a runtime; it sleeps while nobody waits.
+class WaitGuard {
+ public:
+  explicit WaitGuard(std::shared_ptr<Watch> watch);
+  ~WaitGuard();
+  WaitGuard(const WaitGuard&) = delete;
+  WaitGuard& operator=(const WaitGuard&) = delete;
+
+  /// Waits for `work`; throws PeerFailed, WaitedTooLong, or PeerLost where the connection to `peer` broke. No GIL.
+  void wait(const c10::intrusive_ptr<c10d::Work>& work, int peer);
+
+ private:
+  void run();
+
+  std::shared_ptr<Watch> watch_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  c10::intrusive_ptr<c10d::Work> waited_for_;
+  Watch::Clock::time_point since_;
+  std::exception_ptr reason_;
+  bool stopping_ = false;
+  std::thread thread_;
+};
+
+/// The path that both ends of a c10d channel were made for.
+struct C10dPath {
+  c10::intrusive_ptr<c10d::ProcessGroup> group;
+  int peer = -1;
+  /// Two tags are the channel's own: this one for what describes a message, the next for its tensors.
+  int tag = 0;
+  at::Device device = at::kCPU;
+  std::string name;
+};
+
+/// The sending end of a channel through a process group (gloo, NCCL or any other).
+///
+/// Each message begins with a block of fixed size on the host, so the receiver can post its receive before it knows the shapes. On the CPU a small message lies whole in
+/// that block; of larger ones, and on other devices, the tensors follow packed into one buffer under the next tag.
+class C10dSendChannel : public SendChannel {
+ public:
+  C10dSendChannel(C10dPath path, std::shared_ptr<Watch> watch, std::shared_ptr<WaitGuard> guard);
+  ~C10dSendChannel() override;
+
+  void send(Message message) override;
+  void finish_step() override;
+
+ private:
+  struct Sent {
+    c10::intrusive_ptr<c10d::Work> work;
+    at::Tensor buffer;
+  };
+  void post(at::Tensor buffer, int tag);
+  void reap(size_t keep);
+
+  C10dPath path_;
+  std::shared_ptr<Watch> watch_;
+  std::shared_ptr<WaitGuard> guard_;
+  std::deque<Sent> in_flight_;
+};
+
+/// The receiving end. Keeps `kAhead` receives of the fixed-size block posted ahead of need.
+class C10dReceiveChannel : public ReceiveChannel {
+ public:
+  C10dReceiveChannel(C10dPath path, std::shared_ptr<Watch> watch, std::shared_ptr<WaitGuard> guard);
+  ~C10dReceiveChannel() override;
+
+  void begin_step(size_t messages) override;
+  Message receive() override;
+
+ private:
+  struct Posted {
+    c10::intrusive_ptr<c10d::Work> work;
+    at::Tensor buffer;
+  };
+  void post_ahead();
+
+  C10dPath path_;
+  std::shared_ptr<Watch> watch_;
+  std::shared_ptr<WaitGuard> guard_;
+  std::deque<Posted> posted_;
+  size_t to_post_ = 0;
+};
+
+} // namespace pp_runtime
