@@ -1,0 +1,174 @@
+"""How many messages each channel's receiver needs room for.
+
+A message takes room when its sender begins to write it and gives it back when its tensors die at the receiver: an
+activation with the consumer's B or W (with its F, where the stage runs no backward), a gradient with the consumer's B
+or I. A sender without room waits. The least room is what is alive at once at the receiver; where ranks that wait for
+room would wait for each other, there is more, until none do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from pp_runtime.errors import InvalidOrderError
+from pp_runtime.ir import (
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    FULL_BACKWARD,
+    RECV_B,
+    RECV_F,
+    SEND_B,
+    SEND_F,
+    Action,
+    ActionType,
+    Order,
+    Placement,
+)
+from pp_runtime.passes.edges import Edge, neighbours
+
+ChannelKey = tuple[Edge, bool]
+"""An edge, and whether it is its way back: gradients."""
+
+
+def peak_messages(
+    order_with_comms: Order, placement: Placement, edges: Iterable[Edge] | None = None
+) -> dict[ChannelKey, int]:
+    """For each channel between two ranks, how many messages its receiver needs room for.
+
+    With this much room, or more, no rank waits for ever for a send that has no room, whatever the actions' times: an
+    order that ends with endless room ends with this. Linear in the number of actions. Raises InvalidOrderError for an
+    order that does not end even with endless room.
+    """
+    run = _Run(order_with_comms, placement, edges)
+    run.to_the_end()
+    return {key: run.room[number] for number, key in enumerate(run.keys)}
+
+
+class _Run:
+    """A run of all ranks that counts messages only.
+
+    A row is a stage and a direction, since all messages that a stage receives in one direction live equally long. What
+    a rank does is a list of small numbers: three times the row, and what happens to it.
+    """
+
+    _SEND, _RECEIVE, _FREE = range(3)
+
+    def __init__(self, order: Order, placement: Placement, edges: Iterable[Edge] | None) -> None:
+        stages = len(placement)
+        remote = neighbours(stages, edges).on_other_ranks(placement)
+        self.order = order
+        self.keys: list[ChannelKey] = []
+        self.row_of: list[int] = []  # channel -> row of its receiver
+        self.out_of: list[list[int]] = [[] for _ in range(2 * stages)]  # row of the sender -> channels
+        self.into: list[list[int]] = [[] for _ in range(2 * stages)]  # row of the receiver -> channels
+        for backward, senders_of in ((False, remote.before), (True, remote.after)):
+            for receiver, senders in enumerate(senders_of):
+                for sender in senders:
+                    number = len(self.keys)
+                    self.keys.append((Edge(receiver, sender) if backward else Edge(sender, receiver), backward))
+                    self.row_of.append(stages * backward + receiver)
+                    self.out_of[stages * backward + sender].append(number)
+                    self.into[stages * backward + receiver].append(number)
+        peaks = [1] * (2 * stages)
+        happens = self._what_happens(stages)
+        self.steps = {rank: _steps(actions, happens, peaks) for rank, actions in order.items()}
+        self.room = [peaks[row] for row in self.row_of]
+
+    def _what_happens(self, stages: int) -> dict[ActionType, list[tuple[int, ...]]]:
+        """For each type of action and stage, the steps that it is."""
+        trained = [False] * stages
+        for actions in self.order.values():
+            for action in actions:
+                if action[1] is FULL_BACKWARD or action[1] is BACKWARD_WEIGHT:
+                    trained[action[0]] = True
+                elif action[3]:
+                    for stage, kind, _, _ in action[3]:
+                        trained[stage] |= kind is FULL_BACKWARD or kind is BACKWARD_WEIGHT
+
+        def step(row: int, what: int) -> tuple[int, ...]:
+            return (3 * row + what,) if (self.out_of if what == self._SEND else self.into)[row] else ()
+
+        rows = range(stages)
+        return {
+            SEND_F: [step(row, self._SEND) for row in rows],
+            SEND_B: [step(stages + row, self._SEND) for row in rows],
+            RECV_F: [step(row, self._RECEIVE) for row in rows],
+            RECV_B: [step(stages + row, self._RECEIVE) for row in rows],
+            FORWARD: [() if trained[row] else step(row, self._FREE) for row in rows],
+            FULL_BACKWARD: [step(row, self._FREE) + step(stages + row, self._FREE) for row in rows],
+            BACKWARD_INPUT: [step(stages + row, self._FREE) for row in rows],
+            BACKWARD_WEIGHT: [step(row, self._FREE) for row in rows],
+        }
+
+    def to_the_end(self) -> None:
+        """Run every rank; when all wait and some for room, give one of them room."""
+        sent, received, freed = [0] * len(self.keys), [0] * len(self.into), [0] * len(self.into)
+        row_of, room = self.row_of, self.room
+        place = dict.fromkeys(self.steps, 0)
+        waiting: dict[int, int] = {}  # channel -> the rank that waits for a message in it, or for room
+        ready = list(self.steps)
+        while ready or waiting:
+            rank = ready.pop() if ready else self._give_room(place, waiting)
+            steps = self.steps[rank]
+            for position in range(place[rank], len(steps)):
+                row, what = divmod(steps[position], 3)
+                if what == _Run._FREE:
+                    freed[row] += 1
+                    changed = self.into[row]
+                elif what == _Run._RECEIVE:
+                    blocked = [channel for channel in self.into[row] if sent[channel] <= received[row]]
+                    if blocked:
+                        break
+                    received[row] += 1
+                    continue
+                else:
+                    changed = self.out_of[row]
+                    blocked = [c for c in changed if sent[c] - freed[row_of[c]] >= room[c]]
+                    if blocked:
+                        break
+                    for channel in changed:
+                        sent[channel] += 1
+                if waiting:
+                    for channel in changed:
+                        if channel in waiting:
+                            ready.append(waiting.pop(channel))
+            else:
+                place[rank] = len(steps)
+                continue
+            place[rank] = position
+            waiting[blocked[0]] = rank
+
+    def _give_room(self, place: dict[int, int], waiting: dict[int, int]) -> int:
+        for channel, rank in sorted(waiting.items(), key=lambda entry: entry[1]):
+            if self.steps[rank][place[rank]] % 3 == _Run._SEND:
+                self.room[channel] += 1
+                return waiting.pop(channel)
+        rank = min(waiting.values())
+        row = self.steps[rank][place[rank]] // 3
+        backward, stage = divmod(row, len(self.into) // 2)
+        raise InvalidOrderError(
+            f"Rank {rank} waits for ever for {'a gradient' if backward else 'an activation'} of stage {stage}."
+        )
+
+
+def _steps(
+    actions: Sequence[Action], happens: Mapping[ActionType, Sequence[tuple[int, ...]]], peaks: list[int]
+) -> list[int]:
+    """A rank's actions as steps; raises each row's peak to the most messages alive at once on this rank."""
+    result: list[int] = []
+    alive = [0] * len(peaks)
+    for action in actions:
+        for stage, kind, _, _ in action[3] or (action,):
+            if kind not in happens:
+                continue
+            for step in happens[kind][stage]:
+                result.append(step)
+                row, what = divmod(step, 3)
+                if what == _Run._RECEIVE:
+                    alive[row] += 1
+                    if alive[row] > peaks[row]:
+                        peaks[row] = alive[row]
+                elif what == _Run._FREE:
+                    alive[row] -= 1
+    return result
