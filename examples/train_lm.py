@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 examples/train_lm.py
     torchrun --nproc_per_node 4 examples/train_lm.py --schedule Interleaved1F1B --layers 8 --data my_text/
-    torchrun --nproc_per_node 3 examples/train_lm.py --resume --steps 600     # goes on with another number of ranks
+    torchrun --nproc_per_node 3 examples/train_lm.py --resume --steps 900     # goes on with another number of ranks
 
 The text is, unless --data names another, the source of Python's standard library; a token is a byte. It runs on CUDA
 with NCCL where every rank has a GPU, else on CPUs with gloo. Checkpoints have the unsplit model's parameter names.
@@ -175,7 +175,7 @@ def parse_flags() -> argparse.Namespace:
     model.add_argument("--dropout", type=float, default=0.0)
 
     training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=int, default=300)
+    training.add_argument("--steps", type=int, default=500)
     training.add_argument("--batch", type=int, default=32, help="sequences in a step, over all microbatches")
     training.add_argument("--rate", type=float, default=3e-3, help="peak of the learning rate")
     training.add_argument("--warmup", type=int, default=20, help="steps")
