@@ -8,7 +8,10 @@ from pp_runtime.ir import from_torch_form, to_torch_form
 from pp_runtime.passes.communication import insert_communication
 from pp_runtime.passes.data_parallel import insert_reduce_grad, insert_unshard
 from pp_runtime.schedules.catalogue import ORDERS, build_order
+from pp_runtime.verify import verify_communication
+from tests.torch_orders import torch_schedule
 
+TORCH_NAMES = ["LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]
 NAMES = [name for name, spec in ORDERS.items() if not spec.forward_only]
 
 
@@ -30,12 +33,27 @@ def test_a_written_order_is_read_back_and_written_again_the_same(name, tmp_path)
     assert from_torch_form(load_order(first)) == whole
 
 
-def test_torch_reads_our_file_as_the_same_actions(tmp_path):
-    schedules = pytest.importorskip("torch.distributed.pipelining.schedules")
-    dump_order(tmp_path / "order.csv", order_of("DualPipeV", microbatches=8)[0])
-    for row in (tmp_path / "order.csv").read_text().splitlines():
-        for cell in row.split(","):
-            assert str(schedules._Action.from_str(cell)) == cell
+@pytest.mark.parametrize("name", TORCH_NAMES)
+def test_files_go_between_torch_and_us_byte_for_byte(name, tmp_path):
+    stages = 2 * (ORDERS[name].stages_per_rank_allowed or (2,))[0]
+    schedule = torch_schedule(name, 2, stages, 6)
+    first, second = tmp_path / "torch.csv", tmp_path / "ours.csv"
+    for format in ("compute_only", "compute_comms"):
+        schedule._dump_csv(first, format)
+        rows = load_order(first, format)
+        dump_order(second, rows)
+        assert first.read_bytes() == second.read_bytes()
+        schedule._load_csv(second, format)
+    placement = ORDERS[name].placement(2, stages)
+    verify_communication(from_torch_form(rows), placement, 6)
+
+    order, placement = build_order(name, 2, stages, 6)
+    dump_order(first, to_torch_form(order))
+    schedule._load_csv(first, "compute_only")
+    dump_order(first, insert_communication(insert_reduce_grad(insert_unshard(order)), placement))
+    schedule._load_csv(first, "compute_comms")
+    schedule._dump_csv(second, "compute_comms")
+    assert first.read_bytes() == second.read_bytes()
 
 
 @pytest.mark.parametrize(
