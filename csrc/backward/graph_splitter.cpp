@@ -1,5 +1,9 @@
 #include "graph_splitter.h"
 
+#include <torch/csrc/autograd/functions/tensor.h>
+
+#include <algorithm>
+#include <typeinfo>
 #include <utility>
 
 #include "python_nodes.h"
@@ -10,6 +14,16 @@ namespace pp_runtime {
 using torch::autograd::Edge;
 using torch::autograd::edge_list;
 using torch::autograd::Node;
+
+namespace {
+
+/// An in-place operation on a view runs inside CopySlices, which wants their edges beyond the first to be the same.
+void rewire_copied_operation(torch::autograd::CopySlices& node) {
+  edge_list& edges = node.fn->next_edges();
+  std::copy(node.next_edges().begin() + 1, node.next_edges().end(), edges.begin() + 1);
+}
+
+}  // namespace
 
 void GraphSplitter::add_input(Node* input, Node* stand_in) { places_[input] = {true, stand_in}; }
 
@@ -78,6 +92,9 @@ void GraphSplitter::settle(Node& node) {
   if (is_reentrant_checkpoint(node) && node.post_hooks().empty()) {
     recomputes_.push_back(c10::make_intrusive<RecomputeNode>(node.getptr()));
     place.stand_in = recomputes_.back().get();
+  }
+  if (typeid(node) == typeid(torch::autograd::CopySlices)) {
+    rewire_copied_operation(static_cast<torch::autograd::CopySlices&>(node));
   }
 }
 
