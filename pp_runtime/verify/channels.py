@@ -23,12 +23,13 @@ from pp_runtime.verify.completeness import check_completeness
 from pp_runtime.verify.deadlock import check_progress_with_sends
 from pp_runtime.verify.marking import refusal, refuse
 
-_COMPUTE_OF: dict[ActionType, ActionType] = {
-    FORWARD: FORWARD,
-    FULL_BACKWARD: FULL_BACKWARD,
-    BACKWARD_INPUT: FULL_BACKWARD,
+# What an action receives before it and sends after it.
+_MESSAGES: dict[ActionType, tuple[ActionType, ActionType]] = {
+    FORWARD: (RECV_F, SEND_F),
+    FULL_BACKWARD: (RECV_B, SEND_B),
+    BACKWARD_INPUT: (RECV_B, SEND_B),
 }
-_TEXT_OF: dict[ActionType, str] = {FORWARD: "F", FULL_BACKWARD: "B or I"}
+_MAKER = {SEND_F: "F", SEND_B: "B or I"}
 
 
 def verify_communication(
@@ -71,7 +72,8 @@ class _Sequences:
         }
         self.of: dict[ActionType, list[list[int]]] = {kind: [[] for _ in placement] for kind in self.partners}
         size = len(placement) * num_microbatches
-        self._seen = {kind: bytearray(size) for kind in (*self.partners, FORWARD, FULL_BACKWARD)}
+        self._seen = {kind: bytearray(size) for kind in self.partners}
+        self._made = {kind: bytearray(size) for kind in _MAKER}
         for rank in order:
             self._read(order, rank)
         for kind, by_stage in self.of.items():
@@ -81,42 +83,34 @@ class _Sequences:
                     refuse(order, placement[stage], len(order[placement[stage]]), f"the order has no {missing}.")
 
     def _read(self, order: Order, rank: int) -> None:
-        seen = self._seen
-        before = {FORWARD: seen[RECV_F], FULL_BACKWARD: seen[RECV_B]}
-        received = {FORWARD: self.partners[RECV_F], FULL_BACKWARD: self.partners[RECV_B]}
-        makers = {SEND_F: FORWARD, SEND_B: FULL_BACKWARD, RECV_F: FORWARD, RECV_B: FULL_BACKWARD}
+        partners, seen, made = self.partners, self._seen, self._made
         for position, action in enumerate(order[rank]):
             for stage, kind, microbatch, _ in action[3] or (action,):
-                if kind in _COMPUTE_OF:
-                    compute = _COMPUTE_OF[kind]
+                if kind in _MESSAGES:
+                    receive, send = _MESSAGES[kind]
                     place = stage * self.num_microbatches + microbatch  # type: ignore[operator]
-                    seen[compute][place] = 1
-                    if received[compute][stage] and not before[compute][place]:
-                        receive = Action(stage, RECV_F if compute is FORWARD else RECV_B, microbatch)
-                        refuse(order, rank, position, f"{receive} does not stand before it.")
-                elif kind in makers:
-                    if microbatch is None or not 0 <= microbatch < self.num_microbatches:
-                        refuse(
-                            order,
-                            rank,
-                            position,
-                            f"microbatch {microbatch} is not one of 0 to {self.num_microbatches - 1}.",
-                        )
-                    place = stage * self.num_microbatches + microbatch
-                    if seen[kind][place]:
-                        refuse(order, rank, position, "it has stood before.")
-                    seen[kind][place] = 1
-                    if not self.partners[kind][stage]:
-                        refuse(order, rank, position, f"stage {stage} has no such message to or from another rank.")
-                    if (kind is SEND_F or kind is SEND_B) and not seen[makers[kind]][place]:
-                        what = _TEXT_OF[makers[kind]]
-                        refuse(
-                            order,
-                            rank,
-                            position,
-                            f"what it sends is not made before it, by an {what} of stage {stage}.",
-                        )
-                    self.of[kind][stage].append(microbatch)
+                    made[send][place] = 1
+                    if partners[receive][stage] and not seen[receive][place]:
+                        refuse(order, rank, position, f"{Action(stage, receive, microbatch)} does not stand before it.")
+                elif kind in seen:
+                    reason = self._objection(stage, kind, microbatch)
+                    if reason is not None:
+                        refuse(order, rank, position, reason)
+                    seen[kind][stage * self.num_microbatches + microbatch] = 1  # type: ignore[operator]
+                    self.of[kind][stage].append(microbatch)  # type: ignore[arg-type]
+
+    def _objection(self, stage: int, kind: ActionType, microbatch: int | None) -> str | None:
+        """Why a send or receive may not stand here."""
+        if microbatch is None or not 0 <= microbatch < self.num_microbatches:
+            return f"microbatch {microbatch} is not one of 0 to {self.num_microbatches - 1}."
+        place = stage * self.num_microbatches + microbatch
+        if self._seen[kind][place]:
+            return "it has stood before."
+        if not self.partners[kind][stage]:
+            return f"stage {stage} has no such message to or from another rank."
+        if kind in _MAKER and not self._made[kind][place]:
+            return f"what it sends is not made before it, by an {_MAKER[kind]} of stage {stage}."
+        return None
 
 
 def _check_channels(order: Order, placement: Placement, remote: Neighbours, sequences: _Sequences) -> None:
