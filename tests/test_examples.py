@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -23,12 +24,17 @@ SMALL = "--width 32 --length 32 --batch 12 --layers 4 --data-limit 300000 --vali
 CONFIG = ModelConfig(vocabulary=256, length=32, width=32, layers=4, heads=4)
 
 
-def torchrun(ranks: int, script: str, *flags: object, seconds: float = 100) -> str:
-    """What the ranks print; an error with all of it if one fails or they take too long."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+def torchrun(ranks: int, script: str, *flags: object) -> str:
+    """What the ranks of an example print."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return run_python(*launcher, ROOT / "examples" / script, *flags)
+
+
+def run_python(*arguments: object, seconds: float = 100) -> str:
+    """What a program prints; an error with all of it if it fails or takes too long."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
-        [*command, str(ROOT / "examples" / script), *map(str, flags)],
+        [sys.executable, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -40,7 +46,7 @@ def torchrun(ranks: int, script: str, *flags: object, seconds: float = 100) -> s
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         printed, _ = process.communicate()
-        pytest.fail(f"{script} on {ranks} ranks took more than {seconds} s:\n{printed}")
+        pytest.fail(f"{arguments} took more than {seconds} s:\n{printed}")
     assert process.returncode == 0, printed
     return printed
 
@@ -119,6 +125,18 @@ def test_training_on_ones_own_text(tmp_path: Path) -> None:
     flags = ["--data", text, "--steps", 3, "--schedule", "ZBVZeroBubble", "--output", tmp_path]
     torchrun(2, "train_lm.py", *SMALL, *flags)
     assert all(map(math.isfinite, losses_in(tmp_path)))
+
+
+def test_the_benchmark_measures_both_libraries(tmp_path: Path) -> None:
+    flags = ["--rounds", 2, "--sizes", "linear", "--schedules", "1F1B", "ZB1P", "--microbatches", 4]
+    run_python(ROOT / "benchmarks" / "step_time.py", *flags, "--csv", tmp_path / "a.csv", "--png", tmp_path / "a.png")
+    with (tmp_path / "a.csv").open(newline="") as file:
+        one_f_one_b, zb1p = csv.DictReader(file)
+    assert float(one_f_one_b["torch_over_ours"]) == pytest.approx(
+        float(one_f_one_b["torch_ms"]) / float(one_f_one_b["ours_ms"])
+    )
+    assert float(zb1p["ours_ms"]) > 0 and zb1p["torch_ms"] == ""  # torch has no ZB1P
+    assert is_png(tmp_path / "a.png")
 
 
 def test_stages_together_are_the_model() -> None:
