@@ -106,6 +106,12 @@ def extension() -> Any:
 class Build(BuildExtension):
     """Compiles, then writes beside the library which torch it was built for; the import compares."""
 
+    def copy_extensions_to_source(self) -> None:
+        # A process that runs has the old library mapped: it keeps the file it has, and the new one takes its name.
+        for extension in self.extensions:
+            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+
     def run(self) -> None:
         super().run()
         folder = ROOT / PACKAGE if self.inplace else Path(self.build_lib) / PACKAGE

@@ -1,6 +1,7 @@
 #include "backward/bindings_backward.h"
 #include "executor.h"
 #include "transport/c10d.h"
+#include "transport/confirmation.h"
 #include "transport/shared_memory.h"
 #include "watch.h"
 
@@ -31,11 +32,8 @@ void bind_watch(py::module_& m) {
     }
   });
   py::class_<Watch, std::shared_ptr<Watch>>(m, "Watch")
-      .def(
-          py::init<c10::intrusive_ptr<c10d::Store>, std::string, double>(),
-          py::arg("store"),
-          py::arg("failure_key"),
-          py::arg("deadline_seconds"))
+      .def(py::init<c10::intrusive_ptr<c10d::Store>, std::string, double>(), py::arg("store"), py::arg("failure_key"),
+           py::arg("deadline_seconds"))
       .def("failure", &Watch::failure, py::call_guard<py::gil_scoped_release>())
       .def("publish", &Watch::publish, py::arg("record"), py::call_guard<py::gil_scoped_release>())
       .def("set_deadline", &Watch::set_deadline, py::arg("seconds"));
@@ -45,52 +43,55 @@ void bind_transport(py::module_& m) {
   py::class_<SendChannel, std::shared_ptr<SendChannel>>(m, "SendChannel");
   py::class_<ReceiveChannel, std::shared_ptr<ReceiveChannel>>(m, "ReceiveChannel");
   py::class_<SharedSendChannel, SendChannel, std::shared_ptr<SharedSendChannel>>(m, "SharedSendChannel")
-      .def(
-          py::init<uint32_t, std::string, std::shared_ptr<Watch>>(), py::arg("credits"), py::arg("name"), py::arg("watch"))
+      .def(py::init<uint32_t, std::string, std::shared_ptr<Watch>>(), py::arg("credits"), py::arg("name"),
+           py::arg("watch"))
       .def_property_readonly("fd", &SharedSendChannel::fd)
       .def(
           "connect",
           [](SharedSendChannel& channel, int rank, int64_t pid, int64_t spin_ns) {
             channel.connect({.rank = rank, .pid = pid}, {.value = std::chrono::nanoseconds(spin_ns)});
           },
-          py::arg("rank"),
-          py::arg("pid"),
-          py::arg("spin_ns"));
+          py::arg("rank"), py::arg("pid"), py::arg("spin_ns"));
   py::class_<SharedReceiveChannel, ReceiveChannel, std::shared_ptr<SharedReceiveChannel>>(m, "SharedReceiveChannel")
-      .def(
-          py::init([](int rank, int64_t pid, int fd, std::string name, std::shared_ptr<Watch> watch, int64_t spin_ns) {
-            return std::make_shared<SharedReceiveChannel>(
-                Peer{.rank = rank, .pid = pid},
-                fd,
-                std::move(name),
-                std::move(watch),
-                SpinTime{.value = std::chrono::nanoseconds(spin_ns)});
-          }),
-          py::arg("rank"),
-          py::arg("pid"),
-          py::arg("fd"),
-          py::arg("name"),
-          py::arg("watch"),
-          py::arg("spin_ns"));
+      .def(py::init([](int rank, int64_t pid, int fd, std::string name, std::shared_ptr<Watch> watch, int64_t spin_ns) {
+             return std::make_shared<SharedReceiveChannel>(Peer{.rank = rank, .pid = pid}, fd, std::move(name),
+                                                           std::move(watch),
+                                                           SpinTime{.value = std::chrono::nanoseconds(spin_ns)});
+           }),
+           py::arg("rank"), py::arg("pid"), py::arg("fd"), py::arg("name"), py::arg("watch"), py::arg("spin_ns"));
   py::class_<WaitGuard, std::shared_ptr<WaitGuard>>(m, "WaitGuard")
       .def(py::init<std::shared_ptr<Watch>>(), py::arg("watch"));
-  const auto path = [](c10::intrusive_ptr<c10d::ProcessGroup> group, int peer, int tag, at::Device device, std::string name) {
-    return C10dPath{std::move(group), peer, tag, device, std::move(name)};
-  };
+  const auto path = [](c10::intrusive_ptr<c10d::ProcessGroup> group, int peer, int tag, at::Device device,
+                       std::string name) { return C10dPath{std::move(group), peer, tag, device, std::move(name)}; };
   py::class_<C10dPath>(m, "C10dPath")
       .def(py::init(path), py::arg("group"), py::arg("peer"), py::arg("tag"), py::arg("device"), py::arg("name"));
   py::class_<C10dSendChannel, SendChannel, std::shared_ptr<C10dSendChannel>>(m, "C10dSendChannel")
-      .def(
-          py::init<C10dPath, std::shared_ptr<Watch>, std::shared_ptr<WaitGuard>>(),
-          py::arg("path"),
-          py::arg("watch"),
-          py::arg("guard"));
+      .def(py::init<C10dPath, std::shared_ptr<Watch>, std::shared_ptr<WaitGuard>>(), py::arg("path"), py::arg("watch"),
+           py::arg("guard"));
   py::class_<C10dReceiveChannel, ReceiveChannel, std::shared_ptr<C10dReceiveChannel>>(m, "C10dReceiveChannel")
-      .def(
-          py::init<C10dPath, std::shared_ptr<Watch>, std::shared_ptr<WaitGuard>>(),
-          py::arg("path"),
-          py::arg("watch"),
-          py::arg("guard"));
+      .def(py::init<C10dPath, std::shared_ptr<Watch>, std::shared_ptr<WaitGuard>>(), py::arg("path"), py::arg("watch"),
+           py::arg("guard"));
+  py::class_<Segment, std::shared_ptr<Segment>>(m, "Segment")
+      .def_property_readonly("fd", &Segment::fd)
+      .def_static("open", &Segment::open, py::arg("pid"), py::arg("fd"), py::arg("bytes"));
+  py::class_<Confirmation, std::shared_ptr<Confirmation>>(m, "Confirmation")
+      .def("confirm", &Confirmation::confirm, py::call_guard<py::gil_scoped_release>());
+  py::class_<SharedConfirmation, Confirmation, std::shared_ptr<SharedConfirmation>>(m, "SharedConfirmation")
+      .def(py::init([](int64_t pid, int fd, const std::vector<int64_t>& pids, size_t own_rank,
+                       std::shared_ptr<Watch> watch, int64_t spin_ns) {
+             std::vector<Peer> ranks;
+             for (const int64_t each : pids) {
+               ranks.push_back({.rank = static_cast<int>(ranks.size()), .pid = each});
+             }
+             return std::make_shared<SharedConfirmation>(Segment::open(pid, fd, pids.size() * kPayloadAlignment),
+                                                         std::move(ranks), own_rank, std::move(watch),
+                                                         SpinTime{.value = std::chrono::nanoseconds(spin_ns)});
+           }),
+           py::arg("pid"), py::arg("fd"), py::arg("pids"), py::arg("own_rank"), py::arg("watch"), py::arg("spin_ns"))
+      .def_static("make", &SharedConfirmation::make, py::arg("ranks"));
+  py::class_<C10dConfirmation, Confirmation, std::shared_ptr<C10dConfirmation>>(m, "C10dConfirmation")
+      .def(py::init<C10dPath, int, int, std::shared_ptr<WaitGuard>>(), py::arg("path"), py::arg("ranks"),
+           py::arg("own_rank"), py::arg("guard"));
   py::class_<Token>(m, "Token")
       .def(py::init<uint64_t>(), py::arg("value"))
       .def_property_readonly("fd", &Token::fd)
@@ -98,38 +99,27 @@ void bind_transport(py::module_& m) {
 }
 
 void bind_stage(py::module_& m) {
-  py::class_<Edge>(m, "Edge")
-      .def(
-          py::init([](int64_t source, int64_t destination, std::vector<int64_t> outputs, std::vector<int64_t> inputs) {
-            return Edge{source, destination, std::move(outputs), std::move(inputs)};
-          }),
-          py::arg("source"),
-          py::arg("destination"),
-          py::arg("outputs") = std::vector<int64_t>(),
-          py::arg("inputs") = std::vector<int64_t>());
+  py::class_<Edge>(m, "Edge").def(
+      py::init([](int64_t source, int64_t destination, std::vector<int64_t> outputs, std::vector<int64_t> inputs) {
+        return Edge{source, destination, std::move(outputs), std::move(inputs)};
+      }),
+      py::arg("source"), py::arg("destination"), py::arg("outputs") = std::vector<int64_t>(),
+      py::arg("inputs") = std::vector<int64_t>());
   py::enum_<BackwardKind>(m, "BackwardKind")
       .value("FULL", BackwardKind::kFull)
       .value("INPUT", BackwardKind::kInput)
       .value("WEIGHT", BackwardKind::kWeight);
   py::class_<StageCallbacks>(m, "StageCallbacks")
-      .def(
-          py::init([](py::object forward, py::object flatten, py::object unflatten, py::object before, py::object after, py::object dw_builder) {
-            return StageCallbacks{
-                std::move(forward), std::move(flatten), std::move(unflatten), std::move(before), std::move(after), std::move(dw_builder)};
-          }),
-          py::arg("forward"),
-          py::arg("flatten"),
-          py::arg("unflatten"),
-          py::arg("before_backward") = py::none(),
-          py::arg("after_backward") = py::none(),
-          py::arg("dw_builder") = py::none());
+      .def(py::init([](py::object forward, py::object flatten, py::object unflatten, py::object before,
+                       py::object after, py::object dw_builder) {
+             return StageCallbacks{std::move(forward), std::move(flatten), std::move(unflatten),
+                                   std::move(before),  std::move(after),   std::move(dw_builder)};
+           }),
+           py::arg("forward"), py::arg("flatten"), py::arg("unflatten"), py::arg("before_backward") = py::none(),
+           py::arg("after_backward") = py::none(), py::arg("dw_builder") = py::none());
   py::class_<Stage, std::shared_ptr<Stage>>(m, "Stage")
-      .def(
-          py::init<int64_t, bool, bool, StageCallbacks>(),
-          py::arg("index"),
-          py::arg("is_first"),
-          py::arg("is_last"),
-          py::arg("callbacks"))
+      .def(py::init<int64_t, bool, bool, StageCallbacks>(), py::arg("index"), py::arg("is_first"), py::arg("is_last"),
+           py::arg("callbacks"))
       .def("set_callbacks", &Stage::set_callbacks, py::arg("callbacks"))
       .def("begin_step", &Stage::begin_step, py::arg("microbatches"), py::arg("training"), py::arg("step"))
       .def(
@@ -137,17 +127,10 @@ void bind_stage(py::module_& m) {
           [](Stage& stage, size_t microbatch, const py::tuple& args, const py::dict& kwargs) {
             return stage.forward(microbatch, args.ptr(), kwargs.ptr());
           },
-          py::arg("microbatch"),
-          py::arg("args"),
-          py::arg("kwargs"))
+          py::arg("microbatch"), py::arg("args"), py::arg("kwargs"))
       .def("set_loss", &Stage::set_loss, py::arg("microbatch"), py::arg("loss"))
-      .def(
-          "backward",
-          &Stage::backward,
-          py::arg("microbatch"),
-          py::arg("kind"),
-          py::arg("last"),
-          py::call_guard<py::gil_scoped_release>())
+      .def("backward", &Stage::backward, py::arg("microbatch"), py::arg("kind"), py::arg("last"),
+           py::call_guard<py::gil_scoped_release>())
       .def(
           "accept_activation",
           [](Stage& stage, size_t microbatch, const std::vector<at::Tensor>& tensors) {
@@ -158,11 +141,9 @@ void bind_stage(py::module_& m) {
             }
             stage.accept_activation(Edge{}, microbatch, std::move(message));
           },
-          py::arg("microbatch"),
-          py::arg("tensors"))
+          py::arg("microbatch"), py::arg("tensors"))
       .def(
-          "input_gradients",
-          [](Stage& stage, size_t microbatch) { return stage.input_gradients(microbatch); },
+          "input_gradients", [](Stage& stage, size_t microbatch) { return stage.input_gradients(microbatch); },
           py::arg("microbatch"))
       .def(
           "set_output_gradients",
@@ -173,82 +154,51 @@ void bind_stage(py::module_& m) {
             }
             stage.set_output_gradients(microbatch, std::move(tensors));
           },
-          py::arg("microbatch"),
-          py::arg("gradients"))
+          py::arg("microbatch"), py::arg("gradients"))
       .def("clear", &Stage::clear);
 }
 
 void bind_executor(py::module_& m) {
   py::class_<Executor>(m, "Executor")
-      .def(
-          py::init<
-              const std::vector<int32_t>&,
-              std::vector<std::shared_ptr<Stage>>,
-              std::vector<Edge>,
-              std::vector<std::shared_ptr<SendChannel>>,
-              std::vector<std::shared_ptr<ReceiveChannel>>,
-              std::vector<py::object>,
-              std::vector<std::string>,
-              size_t>(),
-          py::arg("program"),
-          py::arg("stages"),
-          py::arg("edges"),
-          py::arg("send_channels"),
-          py::arg("receive_channels"),
-          py::arg("callbacks"),
-          py::arg("callback_names"),
-          py::arg("microbatches"))
+      .def(py::init<const std::vector<int32_t>&, std::vector<std::shared_ptr<Stage>>, std::vector<Edge>,
+                    std::vector<std::shared_ptr<SendChannel>>, std::vector<std::shared_ptr<ReceiveChannel>>,
+                    std::vector<py::object>, std::vector<std::string>, size_t, std::shared_ptr<Confirmation>>(),
+           py::arg("program"), py::arg("stages"), py::arg("edges"), py::arg("send_channels"),
+           py::arg("receive_channels"), py::arg("callbacks"), py::arg("callback_names"), py::arg("microbatches"),
+           py::arg("confirmation"))
       .def(
           "run",
-          [](Executor& executor,
-             uint64_t step,
-             py::list args,
-             py::list kwargs,
-             py::object targets,
-             py::object loss_fn,
-             py::object loss_kwargs,
-             bool training,
-             bool keep_outputs) {
-            executor.run(
-                {std::move(args),
-                 std::move(kwargs),
-                 std::move(targets),
-                 std::move(loss_fn),
-                 std::move(loss_kwargs),
-                 training,
-                 keep_outputs},
-                step);
+          [](Executor& executor, uint64_t step, py::list args, py::list kwargs, py::object targets, py::object loss_fn,
+             py::object loss_kwargs, bool training, bool keep_outputs) {
+            executor.run({std::move(args), std::move(kwargs), std::move(targets), std::move(loss_fn),
+                          std::move(loss_kwargs), training, keep_outputs},
+                         step);
           },
-          py::arg("step"),
-          py::arg("args"),
-          py::arg("kwargs"),
-          py::arg("targets"),
-          py::arg("loss_fn"),
-          py::arg("loss_kwargs"),
-          py::arg("training"),
-          py::arg("keep_outputs"))
+          py::arg("step"), py::arg("args"), py::arg("kwargs"), py::arg("targets"), py::arg("loss_fn"),
+          py::arg("loss_kwargs"), py::arg("training"), py::arg("keep_outputs"))
       .def("compute_loss", &Executor::compute_loss, py::arg("stage"), py::arg("microbatch"), py::arg("output"))
       .def("take_outputs", &Executor::take_outputs)
       .def("take_losses", &Executor::take_losses)
       .def_property_readonly("position", &Executor::position)
       .def("text_of", &Executor::text_of, py::arg("instruction"))
       .def("stage_index_of", &Executor::stage_index_of, py::arg("instruction"))
-      .def("microbatch_of", [](const Executor& executor, size_t i) { return executor.program().at(i).microbatch; }, py::arg("instruction"))
-      .def("set_recording", &Executor::set_recording, py::arg("on"))
       .def(
-          "take_trace",
-          [](Executor& executor) {
-            py::list records;
-            for (const TraceRecord& record : executor.take_trace()) {
-              records.append(py::make_tuple(
-                  executor.text_of(record.instruction), record.start_ns, record.end_ns, record.waited_ns));
-            }
-            return records;
-          })
+          "microbatch_of", [](const Executor& executor, size_t i) { return executor.program().at(i).microbatch; },
+          py::arg("instruction"))
+      .def("set_recording", &Executor::set_recording, py::arg("on"))
+      .def("take_trace",
+           [](Executor& executor) {
+             py::list records;
+             for (const TraceRecord& record : executor.take_trace()) {
+               records.append(py::make_tuple(executor.text_of(record.instruction), record.start_ns, record.end_ns,
+                                             record.waited_ns));
+             }
+             return records;
+           })
       .def("clear", &Executor::clear);
 }
 
-} // namespace
+}  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The C++ runtime of pp_runtime.";
@@ -259,4 +209,4 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_backward(m);
 }
 
-} // namespace pp_runtime
+}  // namespace pp_runtime

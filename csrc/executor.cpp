@@ -1,7 +1,7 @@
 #include "executor.h"
 
-#include <ATen/record_function.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/record_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <chrono>
@@ -15,20 +15,19 @@ namespace pp_runtime {
 namespace {
 
 int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
 }
 
 bool waits(Operation operation) {
   return operation == Operation::kReceiveForward || operation == Operation::kReceiveBackward;
 }
 
-bool given(const py::object& object) {
-  return object && !object.is_none();
-}
+bool given(const py::object& object) { return object && !object.is_none(); }
 
 std::string describe(const Frame& frame) {
-  return std::string(frame.training != 0 ? "step" : "eval") + " number " + std::to_string(frame.step) + ", microbatch " +
-      std::to_string(frame.microbatch);
+  return std::string(frame.training != 0 ? "step" : "eval") + " number " + std::to_string(frame.step) +
+         ", microbatch " + std::to_string(frame.microbatch);
 }
 
 /// The output without its graph: what a user may keep.
@@ -62,25 +61,19 @@ py::list hand_over(std::vector<py::object>& objects) {
   return list;
 }
 
-} // namespace
+}  // namespace
 
-Executor::Executor(
-    const std::vector<int32_t>& program,
-    std::vector<std::shared_ptr<Stage>> stages,
-    std::vector<Edge> edges,
-    std::vector<std::shared_ptr<SendChannel>> send_channels,
-    std::vector<std::shared_ptr<ReceiveChannel>> receive_channels,
-    std::vector<py::object> callbacks,
-    std::vector<std::string> callback_names,
-    size_t microbatches)
-    : program_(read_program(
-          program,
-          {.stages = stages.size(),
-           .microbatches = microbatches,
-           .edges = edges.size(),
-           .send_channels = send_channels.size(),
-           .receive_channels = receive_channels.size(),
-           .callbacks = callbacks.size()})),
+Executor::Executor(const std::vector<int32_t>& program, std::vector<std::shared_ptr<Stage>> stages,
+                   std::vector<Edge> edges, std::vector<std::shared_ptr<SendChannel>> send_channels,
+                   std::vector<std::shared_ptr<ReceiveChannel>> receive_channels, std::vector<py::object> callbacks,
+                   std::vector<std::string> callback_names, size_t microbatches,
+                   std::shared_ptr<Confirmation> confirmation)
+    : program_(read_program(program, {.stages = stages.size(),
+                                      .microbatches = microbatches,
+                                      .edges = edges.size(),
+                                      .send_channels = send_channels.size(),
+                                      .receive_channels = receive_channels.size(),
+                                      .callbacks = callbacks.size()})),
       stages_(std::move(stages)),
       edges_(std::move(edges)),
       send_channels_(std::move(send_channels)),
@@ -88,7 +81,8 @@ Executor::Executor(
       messages_of_channel_(receive_channels_.size()),
       callbacks_(std::move(callbacks)),
       callback_names_(std::move(callback_names)),
-      microbatches_(microbatches) {
+      microbatches_(microbatches),
+      confirmation_(std::move(confirmation)) {
   for (const Instruction& instruction : program_) {
     if (waits(instruction.operation)) {
       ++messages_of_channel_[instruction.channel];
@@ -125,14 +119,17 @@ void Executor::run(StepInput input, uint64_t step) {
       const int64_t start = now_ns();
       execute(program_[i]);
       const int64_t end = now_ns();
-      trace_.push_back(
-          {.instruction = static_cast<uint32_t>(i),
-           .start_ns = start,
-           .end_ns = end,
-           .waited_ns = waits(program_[i].operation) ? end - start : 0});
+      trace_.push_back({.instruction = static_cast<uint32_t>(i),
+                        .start_ns = start,
+                        .end_ns = end,
+                        .waited_ns = waits(program_[i].operation) ? end - start : 0});
     }
+    position_ = -1;
     for (const auto& channel : send_channels_) {
       channel->finish_step();
+    }
+    if (confirmation_) {
+      confirmation_->confirm();
     }
     for (const auto& stage : stages_) {
       stage->clear();
@@ -144,12 +141,12 @@ void Executor::run(StepInput input, uint64_t step) {
 
 Message Executor::receive(const Instruction& instruction) {
   Message message = receive_channels_[instruction.channel]->receive();
-  const Frame expected = {
-      .step = step_, .microbatch = static_cast<uint32_t>(instruction.microbatch), .training = input_.training ? 1U : 0U};
+  const Frame expected = {.step = step_,
+                          .microbatch = static_cast<uint32_t>(instruction.microbatch),
+                          .training = input_.training ? 1U : 0U};
   if (!(message.frame == expected)) {
-    throw std::runtime_error(
-        "this rank is in " + describe(expected) + ", but the message that came is of " + describe(message.frame) +
-        ": call step() or eval() on every rank alike");
+    throw std::runtime_error("this rank is in " + describe(expected) + ", but the message that came is of " +
+                             describe(message.frame) + ": call step() or eval() on every rank alike");
   }
   return message;
 }
@@ -188,12 +185,12 @@ void Executor::execute(const Instruction& instruction) {
       stage.accept_gradient(edges_[instruction.edge], microbatch, receive(instruction));
       break;
     case Operation::kHandForward:
-      stages_[instruction.channel]->accept_activation(
-          edges_[instruction.edge], microbatch, stage.activation(edges_[instruction.edge], microbatch));
+      stages_[instruction.channel]->accept_activation(edges_[instruction.edge], microbatch,
+                                                      stage.activation(edges_[instruction.edge], microbatch));
       break;
     case Operation::kHandBackward:
-      stages_[instruction.channel]->accept_gradient(
-          edges_[instruction.edge], microbatch, stage.input_gradients(edges_[instruction.edge], microbatch));
+      stages_[instruction.channel]->accept_gradient(edges_[instruction.edge], microbatch,
+                                                    stage.input_gradients(edges_[instruction.edge], microbatch));
       break;
     case Operation::kCall:
     case Operation::kCount:
@@ -231,8 +228,8 @@ py::object Executor::compute_loss(int64_t slot, size_t microbatch, const py::obj
   const py::object loss = given(input_.loss_kwargs) ? input_.loss_fn(output, target, **py::dict(input_.loss_kwargs))
                                                     : input_.loss_fn(output, target);
   if (!THPVariable_Check(loss.ptr())) {
-    throw py::type_error("loss_fn returned " + std::string(Py_TYPE(loss.ptr())->tp_name) + " for microbatch " + std::to_string(microbatch) +
-                         ": let it return a tensor");
+    throw py::type_error("loss_fn returned " + std::string(Py_TYPE(loss.ptr())->tp_name) + " for microbatch " +
+                         std::to_string(microbatch) + ": let it return a tensor");
   }
   const at::Tensor& tensor = THPVariable_Unpack(loss.ptr());
   stage.set_loss(microbatch, tensor);
@@ -240,13 +237,9 @@ py::object Executor::compute_loss(int64_t slot, size_t microbatch, const py::obj
   return loss;
 }
 
-py::list Executor::take_outputs() {
-  return hand_over(outputs_);
-}
+py::list Executor::take_outputs() { return hand_over(outputs_); }
 
-py::list Executor::take_losses() {
-  return hand_over(losses_);
-}
+py::list Executor::take_losses() { return hand_over(losses_); }
 
 int64_t Executor::stage_index_of(size_t instruction) const {
   const Instruction& found = program_.at(instruction);
@@ -261,13 +254,9 @@ std::string Executor::text_of(size_t instruction) const {
   return action_text(found.operation, stages_[found.stage]->index(), found.microbatch);
 }
 
-void Executor::set_recording(bool on) {
-  recording_ = on;
-}
+void Executor::set_recording(bool on) { recording_ = on; }
 
-std::vector<TraceRecord> Executor::take_trace() {
-  return std::exchange(trace_, {});
-}
+std::vector<TraceRecord> Executor::take_trace() { return std::exchange(trace_, {}); }
 
 void Executor::clear() {
   input_ = StepInput();
@@ -278,4 +267,4 @@ void Executor::clear() {
   }
 }
 
-} // namespace pp_runtime
+}  // namespace pp_runtime

@@ -2,6 +2,7 @@
 
 #include "program.h"
 #include "stage.h"
+#include "transport/confirmation.h"
 #include "transport/transport.h"
 
 #include <torch/csrc/utils/pybind.h>
@@ -33,19 +34,15 @@ struct TraceRecord {
 
 /// Runs a rank's program.
 ///
-/// Owns the program and the channels; shares the stages with Python. `run` is called with the GIL on the thread of `schedule.step` and gives it up at once; it is taken again for
-/// the user's own code only. When it throws, `position` tells the instruction that failed.
+/// Owns the program and the channels; shares the stages with Python. `run` is called with the GIL on the thread of
+/// `schedule.step` and gives it up at once; it is taken again for the user's own code only. When it throws, `position`
+/// tells the instruction that failed.
 class Executor {
  public:
-  Executor(
-      const std::vector<int32_t>& program,
-      std::vector<std::shared_ptr<Stage>> stages,
-      std::vector<Edge> edges,
-      std::vector<std::shared_ptr<SendChannel>> send_channels,
-      std::vector<std::shared_ptr<ReceiveChannel>> receive_channels,
-      std::vector<pybind11::object> callbacks,
-      std::vector<std::string> callback_names,
-      size_t microbatches);
+  Executor(const std::vector<int32_t>& program, std::vector<std::shared_ptr<Stage>> stages, std::vector<Edge> edges,
+           std::vector<std::shared_ptr<SendChannel>> send_channels,
+           std::vector<std::shared_ptr<ReceiveChannel>> receive_channels, std::vector<pybind11::object> callbacks,
+           std::vector<std::string> callback_names, size_t microbatches, std::shared_ptr<Confirmation> confirmation);
 
   /// GIL held. The number of this step is the same on every rank: it is part of every message.
   void run(StepInput input, uint64_t step);
@@ -53,17 +50,14 @@ class Executor {
   /// The loss of a microbatch from the last stage's output; keeps both as `run` will return them. GIL held.
   pybind11::object compute_loss(int64_t stage, size_t microbatch, const pybind11::object& output);
 
-  /// What `run` gathered, in microbatch order; None where a microbatch has none. Handed over: a second call gives empty lists.
+  /// What `run` gathered, in microbatch order; None where a microbatch has none. Handed over: a second call gives empty
+  /// lists.
   pybind11::list take_outputs();
   pybind11::list take_losses();
 
-  int64_t position() const {
-    return position_;
-  }
+  int64_t position() const { return position_; }
   std::string text_of(size_t instruction) const;
-  const std::vector<Instruction>& program() const {
-    return program_;
-  }
+  const std::vector<Instruction>& program() const { return program_; }
   int64_t stage_index_of(size_t instruction) const;
 
   void set_recording(bool on);
@@ -86,6 +80,8 @@ class Executor {
   std::vector<pybind11::object> callbacks_;
   std::vector<std::string> callback_names_;
   size_t microbatches_;
+  /// Null where this is the only rank.
+  std::shared_ptr<Confirmation> confirmation_;
 
   StepInput input_;
   uint64_t step_ = 0;
@@ -96,4 +92,4 @@ class Executor {
   std::vector<TraceRecord> trace_;
 };
 
-} // namespace pp_runtime
+}  // namespace pp_runtime

@@ -37,9 +37,7 @@ class Reader {
     return value;
   }
 
-  std::string take_text(size_t size) {
-    return {claim(size), size};
-  }
+  std::string take_text(size_t size) { return {claim(size), size}; }
 
  private:
   const char* claim(size_t size) {
@@ -81,7 +79,7 @@ void place(MessageSpec& spec) {
   spec.payload_bytes = offset;
 }
 
-} // namespace
+}  // namespace
 
 MessageSpec MessageSpec::of(const Message& message) {
   MessageSpec spec{.frame = message.frame, .tensors = {}, .structure = message.structure};
@@ -102,20 +100,14 @@ MessageSpec MessageSpec::of(const Message& message) {
 
 std::string MessageSpec::encode() const {
   std::string bytes;
-  append(
-      bytes,
-      EncodedFrame{
-          .frame = frame,
-          .tensors = static_cast<uint32_t>(tensors.size()),
-          .structure_bytes = static_cast<uint32_t>(structure.size())});
+  append(bytes, EncodedFrame{.frame = frame,
+                             .tensors = static_cast<uint32_t>(tensors.size()),
+                             .structure_bytes = static_cast<uint32_t>(structure.size())});
   for (const TensorSpec& tensor : tensors) {
-    append(
-        bytes,
-        EncodedTensor{
-            .defined = static_cast<uint8_t>(tensor.defined),
-            .requires_grad = static_cast<uint8_t>(tensor.requires_grad),
-            .dtype = static_cast<uint8_t>(tensor.dtype),
-            .dimensions = static_cast<uint8_t>(tensor.sizes.size())});
+    append(bytes, EncodedTensor{.defined = static_cast<uint8_t>(tensor.defined),
+                                .requires_grad = static_cast<uint8_t>(tensor.requires_grad),
+                                .dtype = static_cast<uint8_t>(tensor.dtype),
+                                .dimensions = static_cast<uint8_t>(tensor.sizes.size())});
     for (const int64_t size : tensor.sizes) {
       append(bytes, size);
     }
@@ -198,4 +190,4 @@ void pack(const Message& message, const MessageSpec& spec, char* payload) {
   }
 }
 
-} // namespace pp_runtime
+}  // namespace pp_runtime

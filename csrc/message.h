@@ -56,11 +56,9 @@ struct MessageSpec {
 /// Every tensor of a packed message begins at a multiple of this many bytes.
 constexpr size_t kPayloadAlignment = 64;
 
-constexpr size_t align_up(size_t value, size_t alignment) {
-  return (value + alignment - 1) / alignment * alignment;
-}
+constexpr size_t align_up(size_t value, size_t alignment) { return (value + alignment - 1) / alignment * alignment; }
 
 /// Copies the tensors (of any layout, on the CPU) into `payload` at the offsets of `spec`.
 void pack(const Message& message, const MessageSpec& spec, char* payload);
 
-} // namespace pp_runtime
+}  // namespace pp_runtime

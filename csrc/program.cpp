@@ -11,13 +11,12 @@ constexpr int32_t kReleasesFlag = 2;
 
 void require(bool holds, size_t instruction, const char* what) {
   if (!holds) {
-    throw std::invalid_argument("program: instruction " + std::to_string(instruction) + " has " + what + " out of range");
+    throw std::invalid_argument("program: instruction " + std::to_string(instruction) + " has " + what +
+                                " out of range");
   }
 }
 
-bool within(int32_t value, size_t count) {
-  return value >= 0 && static_cast<size_t>(value) < count;
-}
+bool within(int32_t value, size_t count) { return value >= 0 && static_cast<size_t>(value) < count; }
 
 bool is_send(Operation operation) {
   return operation == Operation::kSendForward || operation == Operation::kSendBackward;
@@ -31,7 +30,7 @@ bool is_hand_over(Operation operation) {
   return operation == Operation::kHandForward || operation == Operation::kHandBackward;
 }
 
-} // namespace
+}  // namespace
 
 std::vector<Instruction> read_program(const std::vector<int32_t>& numbers, const ProgramLimits& limits) {
   if (numbers.size() % kInstructionNumbers != 0) {
@@ -61,15 +60,14 @@ std::vector<Instruction> read_program(const std::vector<int32_t>& numbers, const
     } else if (is_hand_over(operation)) {
       require(within(n[5], limits.stages), i, "a target stage");
     }
-    program.push_back(
-        {.operation = operation,
-         .last = (n[1] & kLastFlag) != 0,
-         .releases_outputs = (n[1] & kReleasesFlag) != 0,
-         .stage = n[2],
-         .microbatch = n[3],
-         .edge = n[4],
-         .channel = n[5],
-         .callback = n[6]});
+    program.push_back({.operation = operation,
+                       .last = (n[1] & kLastFlag) != 0,
+                       .releases_outputs = (n[1] & kReleasesFlag) != 0,
+                       .stage = n[2],
+                       .microbatch = n[3],
+                       .edge = n[4],
+                       .channel = n[5],
+                       .callback = n[6]});
   }
   return program;
 }
@@ -80,4 +78,4 @@ std::string action_text(Operation operation, int64_t stage, int64_t microbatch) 
   return std::to_string(stage) + kNames.at(static_cast<size_t>(operation)) + std::to_string(microbatch);
 }
 
-} // namespace pp_runtime
+}  // namespace pp_runtime

@@ -24,7 +24,8 @@ enum class Operation : uint8_t {
   kCount
 };
 
-/// What the executor reads. Indices are into the rank's own tables; `edge` and `channel` are those of a message, `callback` that of a call.
+/// What the executor reads. Indices are into the rank's own tables; `edge` and `channel` are those of a message,
+/// `callback` that of a call.
 struct Instruction {
   Operation operation;
   /// The last backward of its stage in the step: data-parallel wrappers reduce in it.
@@ -56,4 +57,4 @@ std::vector<Instruction> read_program(const std::vector<int32_t>& numbers, const
 /// The action's text, as in torch's files: "2F3". A call has the text of its callback instead.
 std::string action_text(Operation operation, int64_t stage, int64_t microbatch);
 
-} // namespace pp_runtime
+}  // namespace pp_runtime

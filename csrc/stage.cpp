@@ -67,7 +67,7 @@ void in_context(const StageCallbacks& callbacks, bool last, const Work& work) {
   leave();
 }
 
-} // namespace
+}  // namespace
 
 SharedPython share_python(py::object object) {
   return {object.release().ptr(), [](PyObject* pointer) {
@@ -84,9 +84,7 @@ void Stage::set_edges(std::vector<Edge> in_edges, std::vector<Edge> out_edges) {
   out_edges_ = std::move(out_edges);
 }
 
-void Stage::set_callbacks(StageCallbacks callbacks) {
-  callbacks_ = std::move(callbacks);
-}
+void Stage::set_callbacks(StageCallbacks callbacks) { callbacks_ = std::move(callbacks); }
 
 void Stage::begin_step(size_t microbatches, bool training, uint64_t step) {
   clear();
@@ -97,14 +95,13 @@ void Stage::begin_step(size_t microbatches, bool training, uint64_t step) {
 
 Stage::Microbatch& Stage::at(size_t microbatch) {
   if (microbatch >= microbatches_.size()) {
-    throw std::out_of_range(name_of(index_, microbatch) + ": the step has " + std::to_string(microbatches_.size()) + " microbatches");
+    throw std::out_of_range(name_of(index_, microbatch) + ": the step has " + std::to_string(microbatches_.size()) +
+                            " microbatches");
   }
   return microbatches_[microbatch];
 }
 
-const Stage::Microbatch& Stage::at(size_t microbatch) const {
-  return const_cast<Stage*>(this)->at(microbatch);
-}
+const Stage::Microbatch& Stage::at(size_t microbatch) const { return const_cast<Stage*>(this)->at(microbatch); }
 
 Frame Stage::frame(size_t microbatch) const {
   return {.step = step_, .microbatch = static_cast<uint32_t>(microbatch), .training = training_ ? 1U : 0U};
@@ -114,9 +111,9 @@ void Stage::accept_activation(const Edge& edge, size_t microbatch, Message messa
   Microbatch& state = at(microbatch);
   const size_t count = message.tensors.size();
   if (!edge.inputs.empty() && edge.inputs.size() != count) {
-    throw std::runtime_error(
-        name_of(index_, microbatch) + ": " + std::to_string(count) + " tensors came from stage " + std::to_string(edge.source) +
-        " where the traced model has " + std::to_string(edge.inputs.size()));
+    throw std::runtime_error(name_of(index_, microbatch) + ": " + std::to_string(count) + " tensors came from stage " +
+                             std::to_string(edge.source) + " where the traced model has " +
+                             std::to_string(edge.inputs.size()));
   }
   state.structure = std::move(message.structure);
   for (size_t i = 0; i < count; ++i) {
@@ -137,7 +134,8 @@ py::object Stage::received_args(Microbatch& state) {
   std::vector<at::Tensor> tensors;
   tensors.reserve(state.inputs.size());
   for (Input& input : state.inputs) {
-    // From here on the graph holds what it needs of the input; the runtime holds only the node that waits for its gradient.
+    // From here on the graph holds what it needs of the input; the runtime holds only the node that waits for its
+    // gradient.
     tensors.push_back(std::move(input.tensor));
   }
   py::object args = tuple_of(tensors);
@@ -190,9 +188,8 @@ Message Stage::activation(const Edge& edge, size_t microbatch) const {
   for (size_t i = 0; i < count; ++i) {
     const size_t index = edge.outputs.empty() ? i : static_cast<size_t>(edge.outputs[i]);
     if (index >= state.outputs.size()) {
-      throw std::runtime_error(
-          name_of(index_, microbatch) + ": the traced model uses output " + std::to_string(index) + " but the module returned " +
-          std::to_string(state.outputs.size()));
+      throw std::runtime_error(name_of(index_, microbatch) + ": the traced model uses output " + std::to_string(index) +
+                               " but the module returned " + std::to_string(state.outputs.size()));
     }
     message.tensors.push_back(state.outputs[index].detach());
     message.requires_grad.push_back(static_cast<uint8_t>(state.output_edges[index].is_valid()));
@@ -200,23 +197,20 @@ Message Stage::activation(const Edge& edge, size_t microbatch) const {
   return message;
 }
 
-void Stage::release_outputs(size_t microbatch) {
-  std::vector<at::Tensor>().swap(at(microbatch).outputs);
-}
+void Stage::release_outputs(size_t microbatch) { std::vector<at::Tensor>().swap(at(microbatch).outputs); }
 
 void Stage::set_loss(size_t microbatch, const at::Tensor& loss) {
   if (!training_) {
     return;
   }
   if (!loss.requires_grad()) {
-    throw std::runtime_error(
-        "the loss of microbatch " + std::to_string(microbatch) +
-        " does not depend on anything that requires a gradient: let loss_fn compute it from the output by differentiable operations, or call eval()");
+    throw std::runtime_error("the loss of microbatch " + std::to_string(microbatch) +
+                             " does not depend on anything that requires a gradient: let loss_fn compute it from the "
+                             "output by differentiable operations, or call eval()");
   }
   if (loss.numel() != 1) {
-    throw std::runtime_error(
-        "the loss of microbatch " + std::to_string(microbatch) + " has " + std::to_string(loss.numel()) +
-        " elements: let loss_fn return a scalar");
+    throw std::runtime_error("the loss of microbatch " + std::to_string(microbatch) + " has " +
+                             std::to_string(loss.numel()) + " elements: let loss_fn return a scalar");
   }
   Microbatch& state = at(microbatch);
   state.loss = torch::autograd::impl::gradient_edge(loss);
@@ -227,9 +221,9 @@ void Stage::accept_gradient(const Edge& edge, size_t microbatch, Message message
   Microbatch& state = at(microbatch);
   const size_t expected = edge.outputs.empty() ? state.output_edges.size() : edge.outputs.size();
   if (message.tensors.size() != expected) {
-    throw std::runtime_error(
-        name_of(index_, microbatch) + ": " + std::to_string(message.tensors.size()) + " gradients came from stage " +
-        std::to_string(edge.destination) + " for " + std::to_string(expected) + " outputs");
+    throw std::runtime_error(name_of(index_, microbatch) + ": " + std::to_string(message.tensors.size()) +
+                             " gradients came from stage " + std::to_string(edge.destination) + " for " +
+                             std::to_string(expected) + " outputs");
   }
   for (size_t i = 0; i < expected; ++i) {
     if (!message.tensors[i].defined()) {
@@ -332,15 +326,12 @@ std::vector<at::Tensor> Stage::input_gradients(size_t microbatch) {
 void Stage::set_output_gradients(size_t microbatch, std::vector<at::Tensor> gradients) {
   Microbatch& state = at(microbatch);
   if (gradients.size() != state.output_edges.size()) {
-    throw std::runtime_error(
-        name_of(index_, microbatch) + ": " + std::to_string(gradients.size()) + " gradients were given for " +
-        std::to_string(state.output_edges.size()) + " outputs");
+    throw std::runtime_error(name_of(index_, microbatch) + ": " + std::to_string(gradients.size()) +
+                             " gradients were given for " + std::to_string(state.output_edges.size()) + " outputs");
   }
   state.output_gradients = std::move(gradients);
 }
 
-void Stage::clear() {
-  std::vector<Microbatch>().swap(microbatches_);
-}
+void Stage::clear() { std::vector<Microbatch>().swap(microbatches_); }
 
-} // namespace pp_runtime
+}  // namespace pp_runtime

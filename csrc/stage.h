@@ -31,7 +31,8 @@ enum class BackwardKind : uint8_t { kFull, kInput, kWeight };
 struct StageCallbacks {
   /// (*args, **kwargs) -> output; the module, or the module in its data-parallel context.
   pybind11::object forward;
-  /// (output) -> (tuple of tensors, structure bytes): for an output that is neither a tensor nor a tuple or list of tensors; raises where it cannot travel.
+  /// (output) -> (tuple of tensors, structure bytes): for an output that is neither a tensor nor a tuple or list of
+  /// tensors; raises where it cannot travel.
   pybind11::object flatten;
   /// (tensors, structure bytes) -> args
   pybind11::object unflatten;
@@ -44,21 +45,15 @@ struct StageCallbacks {
 
 /// One stage of this rank at run time: per microbatch, what has arrived and what its backward needs.
 ///
-/// Owned by the executor's Python wrapper, used by its thread. Each method says whether it wants the GIL. Everything of a microbatch is dropped as soon as nothing of
-/// the plan reads it; `clear` drops what a failed step left.
+/// Owned by the executor's Python wrapper, used by its thread. Each method says whether it wants the GIL. Everything of
+/// a microbatch is dropped as soon as nothing of the plan reads it; `clear` drops what a failed step left.
 class Stage {
  public:
   Stage(int64_t index, bool is_first, bool is_last, StageCallbacks callbacks);
 
-  int64_t index() const {
-    return index_;
-  }
-  bool is_first() const {
-    return is_first_;
-  }
-  bool is_last() const {
-    return is_last_;
-  }
+  int64_t index() const { return index_; }
+  bool is_first() const { return is_first_; }
+  bool is_last() const { return is_last_; }
 
   void set_edges(std::vector<Edge> in_edges, std::vector<Edge> out_edges);
   void set_callbacks(StageCallbacks callbacks);
@@ -132,4 +127,4 @@ class Stage {
   std::vector<Microbatch> microbatches_;
 };
 
-} // namespace pp_runtime
+}  // namespace pp_runtime

@@ -62,8 +62,6 @@ std::string Watch::publish(const std::string& record) {
   return seen_;
 }
 
-void Watch::set_deadline(double seconds) {
-  deadline_seconds_ = seconds;
-}
+void Watch::set_deadline(double seconds) { deadline_seconds_ = seconds; }
 
-} // namespace pp_runtime
+}  // namespace pp_runtime

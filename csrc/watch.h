@@ -31,8 +31,9 @@ struct Interrupted : std::exception {};
 
 /// What a rank that waits looks at: the failure key of its runtime in the store, its own signals, its deadline.
 ///
-/// Owned by the Runtime, shared by its channels. `look` is called from the executor's thread and from a channel's guard thread, never on
-/// the way of a message that is there. The store is a clone of the group's, so a look never stands behind somebody's blocking get.
+/// Owned by the Runtime, shared by its channels. `look` is called from the executor's thread and from a channel's guard
+/// thread, never on the way of a message that is there. The store is a clone of the group's, so a look never stands
+/// behind somebody's blocking get.
 class Watch {
  public:
   using Clock = std::chrono::steady_clock;
@@ -64,4 +65,4 @@ class Watch {
   std::atomic<double> deadline_seconds_;
 };
 
-} // namespace pp_runtime
+}  // namespace pp_runtime

@@ -45,6 +45,23 @@ class C10dSendChannel(SendChannel):
 class C10dReceiveChannel(ReceiveChannel):
     def __init__(self, path: C10dPath, watch: Watch, guard: WaitGuard) -> None: ...
 
+class Segment:
+    @property
+    def fd(self) -> int: ...
+    @staticmethod
+    def open(pid: int, fd: int, bytes: int) -> Segment: ...
+
+class Confirmation:
+    def confirm(self) -> None: ...
+
+class SharedConfirmation(Confirmation):
+    def __init__(self, pid: int, fd: int, pids: Sequence[int], own_rank: int, watch: Watch, spin_ns: int) -> None: ...
+    @staticmethod
+    def make(ranks: int) -> Segment: ...
+
+class C10dConfirmation(Confirmation):
+    def __init__(self, path: C10dPath, ranks: int, own_rank: int, guard: WaitGuard) -> None: ...
+
 class Token:
     def __init__(self, value: int) -> None: ...
     @property
@@ -96,6 +113,7 @@ class Executor:
         callbacks: Sequence[Callable[[], None]],
         callback_names: Sequence[str],
         microbatches: int,
+        confirmation: Confirmation | None,
     ) -> None: ...
     def run(
         self,

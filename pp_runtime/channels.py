@@ -29,10 +29,11 @@ _TAGS_A_RUNTIME = 4 * _MOST_STAGES * _MOST_STAGES
 
 @dataclass(frozen=True, slots=True)
 class OpenChannels:
-    """The ends of this rank's channels."""
+    """The ends of this rank's channels, and how the ranks confirm the end of a step; None where there is one rank."""
 
     senders: dict[Channel, _C.SendChannel]
     receivers: dict[Channel, _C.ReceiveChannel]
+    confirmation: _C.Confirmation | None
 
 
 def chosen_transport() -> str:
@@ -53,7 +54,7 @@ def open_channels(
 ) -> OpenChannels:
     """Open both tables of channels. Every rank of the group must call it, at the same point."""
     if agreement.size == 1:
-        return OpenChannels({}, {})
+        return OpenChannels({}, {}, None)
     chosen = chosen_transport()
     may_share = device.type == "cpu" and chosen != "c10d"
     token = secrets.randbits(63)
@@ -63,12 +64,14 @@ def open_channels(
         for channel in senders
         if may_share
     }
+    bells = _C.SharedConfirmation.make(agreement.size) if may_share and agreement.rank == 0 else None
     words = agreement.exchange(
         "offer",
         {
             "pid": os.getpid(),
             "token": str(token),
             "fd": visible.fd if visible is not None else -1,
+            "bells": bells.fd if bells is not None else -1,
             "cores": sorted(os.sched_getaffinity(0)),
             "threads": torch.get_num_threads(),
             "channels": {_key(channel): sender.fd for channel, sender in offered.items()},
@@ -76,6 +79,7 @@ def open_channels(
     )
     reached = [may_share and _C.Token.matches(word["pid"], word["fd"], int(word["token"])) for word in words]
     reach = [word["ranks"] for word in agreement.exchange("reach", {"ranks": reached})]
+    everybody_shares = all(all(ranks) for ranks in reach)
     shared = [reach[agreement.rank][rank] and reach[rank][agreement.rank] for rank in range(agreement.size)]
     if chosen == "shared_memory" and not all(shared):
         raise PipelineUsageError(
@@ -85,7 +89,7 @@ def open_channels(
     # Every rank works out the same: the ranks on its host are those it shares memory with.
     spin = _spin_ns([word for word, same_host in zip(words, shared, strict=True) if same_host])
 
-    c10d = None if all(shared) else _C10dChannels(agreement, group, device)
+    c10d = None if everybody_shares else _C10dChannels(agreement, group, device)
 
     def sender(channel: Channel) -> _C.SendChannel:
         if c10d is not None and not shared[channel.receiver]:
@@ -100,8 +104,16 @@ def open_channels(
         fd = word["channels"][_key(channel)]
         return _C.SharedReceiveChannel(channel.sender, word["pid"], fd, channel.name, agreement.watch, spin)
 
+    def confirmation() -> _C.Confirmation:
+        if c10d is not None and not everybody_shares:
+            return c10d.confirmation(agreement.size, agreement.rank)
+        pids = [word["pid"] for word in words]
+        return _C.SharedConfirmation(pids[0], words[0]["bells"], pids, agreement.rank, agreement.watch, spin)
+
     opened = OpenChannels(
-        {channel: sender(channel) for channel in senders}, {channel: receiver(channel) for channel in receivers}
+        {channel: sender(channel) for channel in senders},
+        {channel: receiver(channel) for channel in receivers},
+        confirmation(),
     )
     # The token and the offers must live until every peer has opened them.
     agreement.exchange("opened", {})
@@ -124,11 +136,19 @@ class _C10dChannels:
     def receiver(self, channel: Channel) -> _C.ReceiveChannel:
         return _C.C10dReceiveChannel(self._path(channel, channel.sender), self._watch, self._guard)
 
+    def confirmation(self, ranks: int, own_rank: int) -> _C.Confirmation:
+        # No edge leads from a stage to itself, so its number is free.
+        path = _C.C10dPath(self._group, -1, self._tag(0, 0, False), self._device, "end of the step")
+        return _C.C10dConfirmation(path, ranks, own_rank, self._guard)
+
     def _path(self, channel: Channel, peer: int) -> _C.C10dPath:
-        # Edges between the same two ranks are told apart by their stages.
-        number = (channel.source * _MOST_STAGES + channel.destination) * 2 + channel.backward
-        tag = (self._first_tag + 2 * number) % _TAGS
+        tag = self._tag(channel.source, channel.destination, channel.backward)
         return _C.C10dPath(self._group, peer, tag, self._device, channel.name)
+
+    def _tag(self, source: int, destination: int, backward: bool) -> int:
+        """Channels between the same two ranks are told apart by their stages."""
+        number = (source * _MOST_STAGES + destination) * 2 + backward
+        return (self._first_tag + 2 * number) % _TAGS
 
 
 def _with_host_messages(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:

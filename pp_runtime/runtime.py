@@ -198,6 +198,7 @@ class Runtime:
             lowered.callbacks,
             lowered.callback_names,
             self._plan.num_microbatches,
+            channels.confirmation,
         )
         executor.set_recording(self._recording)
         return executor
@@ -208,14 +209,18 @@ class Runtime:
         place = _place(executor)
         if executor is not None:
             executor.clear()
+            # Some microbatches' gradients are in and others are not, so none are left for an optimizer to use.
+            for stage in self._stages:
+                stage.submod.zero_grad(set_to_none=True)
+        waiting_for = place.get("action", "the other ranks")
         if isinstance(error, _C.PeerFailed):
-            return FailureRecord.from_text(str(error)).error(waiting_for=place.get("action"))
+            return FailureRecord.from_text(str(error)).error(waiting_for)
         if self._agreement is None:
             return error
         own = FailureRecord.of(error, self._rank, **place)
         standing = FailureRecord.from_text(self._agreement.watch.publish(own.to_text()))
         if isinstance(error, (_C.PeerLost, _C.WaitedTooLong)):
-            return standing.error(waiting_for=place.get("action"))
+            return standing.error(waiting_for)
         if place and not isinstance(error, PipelineError):
             facts = ", ".join(f"{name} {value}" for name, value in place.items() if value is not None)
             error.add_note(f"pp_runtime: on rank {self._rank}, {facts}")

@@ -26,13 +26,11 @@ at::Tensor bytes_on(at::Device device, size_t bytes) {
   return at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions(at::kByte).device(device));
 }
 
-char* data(const at::Tensor& buffer) {
-  return static_cast<char*>(buffer.mutable_data_ptr());
-}
+char* data(const at::Tensor& buffer) { return static_cast<char*>(buffer.mutable_data_ptr()); }
 
 bool fits_inside(size_t description_bytes, size_t payload_bytes, at::Device device) {
   return device.is_cpu() &&
-      align_up(sizeof(BlockHead) + description_bytes, kPayloadAlignment) + payload_bytes <= kBlockBytes;
+         align_up(sizeof(BlockHead) + description_bytes, kPayloadAlignment) + payload_bytes <= kBlockBytes;
 }
 
 /// A pending operation may still be written to by the backend's thread, so what it uses is kept for the process's life.
@@ -58,9 +56,7 @@ std::vector<at::Tensor> unpack(const at::Tensor& buffer, const MessageSpec& spec
       tensors.push_back(at::empty(tensor.sizes, buffer.options().dtype(tensor.dtype)));
     } else {
       tensors.push_back(at::from_blob(
-          data(buffer) + payload_at + tensor.offset,
-          tensor.sizes,
-          [buffer](void*) {},
+          data(buffer) + payload_at + tensor.offset, tensor.sizes, [buffer](void*) {},
           buffer.options().dtype(tensor.dtype)));
     }
   }
@@ -83,7 +79,7 @@ at::Tensor packed(const Message& message, const MessageSpec& spec, at::Device de
   return buffer;
 }
 
-} // namespace
+}  // namespace
 
 WaitGuard::WaitGuard(std::shared_ptr<Watch> watch) : watch_(std::move(watch)), thread_([this] { run(); }) {}
 
@@ -163,9 +159,7 @@ void WaitGuard::wait(const c10::intrusive_ptr<c10d::Work>& work, int peer) {
 C10dSendChannel::C10dSendChannel(C10dPath path, std::shared_ptr<Watch> watch, std::shared_ptr<WaitGuard> guard)
     : path_(std::move(path)), watch_(std::move(watch)), guard_(std::move(guard)) {}
 
-C10dSendChannel::~C10dSendChannel() {
-  abandon(in_flight_);
-}
+C10dSendChannel::~C10dSendChannel() { abandon(in_flight_); }
 
 void C10dSendChannel::post(at::Tensor buffer, int tag) {
   std::vector<at::Tensor> buffers = {buffer};
@@ -185,10 +179,9 @@ void C10dSendChannel::send(Message message) {
   const bool inside = fits_inside(description.size(), spec.payload_bytes, path_.device);
   const bool follows = sizeof(BlockHead) + description.size() > kBlockBytes;
   at::Tensor block = bytes_on(at::kCPU, kBlockBytes);
-  const BlockHead head = {
-      .description_bytes = static_cast<uint32_t>(description.size()),
-      .description_follows = static_cast<uint8_t>(follows),
-      .payload_inside = static_cast<uint8_t>(inside)};
+  const BlockHead head = {.description_bytes = static_cast<uint32_t>(description.size()),
+                          .description_follows = static_cast<uint8_t>(follows),
+                          .payload_inside = static_cast<uint8_t>(inside)};
   std::memcpy(data(block), &head, sizeof(head));
   if (!follows) {
     std::memcpy(data(block) + sizeof(head), description.data(), description.size());
@@ -208,16 +201,12 @@ void C10dSendChannel::send(Message message) {
   }
 }
 
-void C10dSendChannel::finish_step() {
-  reap(0);
-}
+void C10dSendChannel::finish_step() { reap(0); }
 
 C10dReceiveChannel::C10dReceiveChannel(C10dPath path, std::shared_ptr<Watch> watch, std::shared_ptr<WaitGuard> guard)
     : path_(std::move(path)), watch_(std::move(watch)), guard_(std::move(guard)) {}
 
-C10dReceiveChannel::~C10dReceiveChannel() {
-  abandon(posted_);
-}
+C10dReceiveChannel::~C10dReceiveChannel() { abandon(posted_); }
 
 void C10dReceiveChannel::begin_step(size_t messages) {
   to_post_ = messages;
@@ -274,4 +263,4 @@ Message C10dReceiveChannel::receive() {
   return message;
 }
 
-} // namespace pp_runtime
+}  // namespace pp_runtime

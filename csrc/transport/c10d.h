@@ -17,8 +17,8 @@ namespace pp_runtime {
 
 /// Wakes a thread that waits in a process group when another rank fails or the deadline passes.
 ///
-/// A wait in gloo cannot be given a time-out of its own (gloo would close its connections), so a thread of the guard's own looks at the watch meanwhile and
-/// aborts the work. One guard a runtime; it sleeps while nobody waits.
+/// A wait in gloo cannot be given a time-out of its own (gloo would close its connections), so a thread of the guard's
+/// own looks at the watch meanwhile and aborts the work. One guard a runtime; it sleeps while nobody waits.
 class WaitGuard {
  public:
   explicit WaitGuard(std::shared_ptr<Watch> watch);
@@ -54,8 +54,9 @@ struct C10dPath {
 
 /// The sending end of a channel through a process group (gloo, NCCL or any other).
 ///
-/// Each message begins with a block of fixed size on the host, so the receiver can post its receive before it knows the shapes. On the CPU a small message lies whole in
-/// that block; of larger ones, and on other devices, the tensors follow packed into one buffer under the next tag.
+/// Each message begins with a block of fixed size on the host, so the receiver can post its receive before it knows the
+/// shapes. On the CPU a small message lies whole in that block; of larger ones, and on other devices, the tensors
+/// follow packed into one buffer under the next tag.
 class C10dSendChannel : public SendChannel {
  public:
   C10dSendChannel(C10dPath path, std::shared_ptr<Watch> watch, std::shared_ptr<WaitGuard> guard);
@@ -101,4 +102,4 @@ class C10dReceiveChannel : public ReceiveChannel {
   size_t to_post_ = 0;
 };
 
-} // namespace pp_runtime
+}  // namespace pp_runtime

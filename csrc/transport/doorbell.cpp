@@ -19,7 +19,7 @@ void pause_core() {
 #endif
 }
 
-} // namespace
+}  // namespace
 
 void Doorbell::raise() {
   count.fetch_add(1, std::memory_order_seq_cst);
@@ -43,11 +43,11 @@ void Doorbell::wait(uint32_t seen, std::chrono::nanoseconds spin, std::chrono::n
   }
   sleepers.fetch_add(1, std::memory_order_seq_cst);
   if (count.load(std::memory_order_seq_cst) == seen) {
-    const timespec limit = {
-        .tv_sec = static_cast<time_t>(sleep_limit.count() / 1'000'000'000), .tv_nsec = sleep_limit.count() % 1'000'000'000};
+    const timespec limit = {.tv_sec = static_cast<time_t>(sleep_limit.count() / 1'000'000'000),
+                            .tv_nsec = sleep_limit.count() % 1'000'000'000};
     syscall(SYS_futex, reinterpret_cast<uint32_t*>(&count), FUTEX_WAIT, seen, &limit, nullptr, 0);
   }
   sleepers.fetch_sub(1, std::memory_order_seq_cst);
 }
 
-} // namespace pp_runtime
+}  // namespace pp_runtime

@@ -21,4 +21,4 @@ struct Doorbell {
 
 static_assert(std::atomic<uint32_t>::is_always_lock_free, "a doorbell is shared between processes");
 
-} // namespace pp_runtime
+}  // namespace pp_runtime

@@ -13,16 +13,14 @@ namespace pp_runtime {
 
 namespace {
 
-[[noreturn]] void fail(const std::string& what) {
-  throw std::runtime_error(what + ": " + std::strerror(errno));
-}
+[[noreturn]] void fail(const std::string& what) { throw std::runtime_error(what + ": " + std::strerror(errno)); }
 
 char* map(int fd, size_t bytes) {
   void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   return data == MAP_FAILED ? nullptr : static_cast<char*>(data);
 }
 
-} // namespace
+}  // namespace
 
 std::shared_ptr<Segment> Segment::create(size_t bytes) {
   const int fd = memfd_create("pp_runtime", MFD_CLOEXEC | MFD_ALLOW_SEALING);
@@ -65,4 +63,4 @@ Segment::~Segment() {
   }
 }
 
-} // namespace pp_runtime
+}  // namespace pp_runtime

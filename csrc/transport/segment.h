@@ -9,9 +9,10 @@ namespace pp_runtime {
 
 /// A piece of memory that several processes map.
 ///
-/// It is a memfd, reached by peers through /proc/<pid>/fd/<fd>: it has no name in any file system, only processes of the same user that may
-/// look at this process can open it, and the kernel frees it with its last mapping, whatever happens to the processes. The creator keeps the
-/// descriptor open so that peers can open it later; a peer closes its own at once.
+/// It is a memfd, reached by peers through /proc/<pid>/fd/<fd>: it has no name in any file system, only processes of
+/// the same user that may look at this process can open it, and the kernel frees it with its last mapping, whatever
+/// happens to the processes. The creator keeps the descriptor open so that peers can open it later; a peer closes its
+/// own at once.
 class Segment {
  public:
   static std::shared_ptr<Segment> create(size_t bytes);
@@ -22,15 +23,9 @@ class Segment {
   Segment& operator=(const Segment&) = delete;
   ~Segment();
 
-  char* data() const {
-    return data_;
-  }
-  size_t bytes() const {
-    return bytes_;
-  }
-  int fd() const {
-    return fd_;
-  }
+  char* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+  int fd() const { return fd_; }
 
  private:
   Segment(char* data, size_t bytes, int fd) : data_(data), bytes_(bytes), fd_(fd) {}
@@ -40,4 +35,4 @@ class Segment {
   int fd_;
 };
 
-} // namespace pp_runtime
+}  // namespace pp_runtime

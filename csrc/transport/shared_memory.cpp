@@ -2,8 +2,6 @@
 
 #include <ATen/Functions.h>
 
-#include <poll.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <array>
@@ -34,7 +32,7 @@ struct SegmentEntry {
   uint64_t bytes;
 };
 
-} // namespace
+}  // namespace
 
 /// What both ends of a channel map.
 struct ChannelHead {
@@ -46,24 +44,6 @@ struct ChannelHead {
   std::array<uint32_t, kRingEntries> returned_blocks;
   std::array<SegmentEntry, kMaximumSegments> segments;
 };
-
-namespace {
-
-int open_process(int64_t pid) {
-  return static_cast<int>(syscall(SYS_pidfd_open, pid, 0));
-}
-
-/// Whether the peer's process has ended (also one that nobody has reaped yet).
-bool has_ended(int handle) {
-  pollfd ended = {.fd = handle, .events = POLLIN, .revents = 0};
-  return handle >= 0 && poll(&ended, 1, 0) > 0;
-}
-
-[[noreturn]] void throw_lost(const Peer& peer) {
-  throw PeerLost(peer.rank, "the process of rank " + std::to_string(peer.rank) + " (pid " + std::to_string(peer.pid) + ") ended");
-}
-
-} // namespace
 
 SharedSendChannel::SharedSendChannel(uint32_t credits, std::string name, std::shared_ptr<Watch> watch)
     : control_(Segment::create(sizeof(ChannelHead))),
@@ -81,9 +61,7 @@ SharedSendChannel::~SharedSendChannel() {
   }
 }
 
-int SharedSendChannel::fd() const {
-  return control_->fd();
-}
+int SharedSendChannel::fd() const { return control_->fd(); }
 
 void SharedSendChannel::connect(Peer receiver, SpinTime spin) {
   peer_ = receiver;
@@ -96,7 +74,8 @@ void SharedSendChannel::collect_returns() {
   for (; returns_read_ != returned; ++returns_read_) {
     const uint32_t id = head_->returned_blocks[returns_read_ % kRingEntries];
     if (id >= blocks_.size()) {
-      throw std::runtime_error("shared memory channel " + name_ + " is corrupted: block " + std::to_string(id) + " came back");
+      throw std::runtime_error("shared memory channel " + name_ + " is corrupted: block " + std::to_string(id) +
+                               " came back");
     }
     // A block of an outgrown size is not used again; its pages stay until the channel goes.
     if (blocks_[id].bytes == block_bytes_) {
@@ -109,7 +88,8 @@ void SharedSendChannel::collect_returns() {
 bool SharedSendChannel::grow(size_t bytes) {
   const bool larger = bytes > block_bytes_;
   // A quarter more than asked, so that lengths that creep up do not make a segment each.
-  const size_t block_bytes = larger ? align_up(block_bytes_ == 0 ? bytes : bytes + bytes / 4, kBlockGranule) : block_bytes_;
+  const size_t block_bytes =
+      larger ? align_up(block_bytes_ == 0 ? bytes : bytes + bytes / 4, kBlockGranule) : block_bytes_;
   const uint32_t count = larger || usable_blocks_ == 0 ? credits_ : std::max(1U, usable_blocks_ / 2);
   if (segments_.size() == kMaximumSegments || blocks_.size() + count > kRingEntries - 1) {
     return false;
@@ -132,28 +112,17 @@ bool SharedSendChannel::grow(size_t bytes) {
 }
 
 uint32_t SharedSendChannel::take_block(size_t bytes) {
-  collect_returns();
   if (bytes > block_bytes_ && !grow(bytes)) {
-    throw std::runtime_error("channel " + name_ + " has seen too many sizes of message: keep lengths to fewer, or use the c10d transport");
+    throw std::runtime_error("channel " + name_ +
+                             " has seen too many sizes of message: keep lengths to fewer, or use the c10d transport");
   }
-  if (free_.empty()) {
-    const auto since = Watch::Clock::now();
-    bool look = false;
-    while (free_.empty()) {
-      if (look) {
-        watch_->look(since);
-        if (has_ended(peer_handle_)) {
-          throw_lost(peer_);
-        }
-        if (Watch::Clock::now() - since > kPatience && grow(block_bytes_)) {
-          break;
-        }
-      }
-      head_->returns.wait(returns_read_, look ? std::chrono::nanoseconds(0) : spin_.value, Watch::kInterval);
-      look = true;
-      collect_returns();
-    }
-  }
+  const auto since = Watch::Clock::now();
+  const auto has_block = [&] {
+    collect_returns();
+    return !free_.empty() || (Watch::Clock::now() - since > kPatience && grow(block_bytes_));
+  };
+  wait_for_peer(peer_, peer_handle_, *watch_, spin_, has_block,
+                [&](std::chrono::nanoseconds spin) { head_->returns.wait(returns_read_, spin, Watch::kInterval); });
   const uint32_t id = free_.back();
   free_.pop_back();
   return id;
@@ -169,25 +138,23 @@ void SharedSendChannel::send(Message message) {
   char* bytes = segments_[block.segment]->data() + block.offset;
   std::memcpy(bytes, description.data(), description.size());
   pack(message, spec, bytes + payload_at);
-  head_->descriptors[sent_ % kRingEntries] = {
-      .block = id,
-      .segment = block.segment,
-      .offset = block.offset,
-      .description_bytes = description.size(),
-      .total_bytes = total};
+  head_->descriptors[sent_ % kRingEntries] = {.block = id,
+                                              .segment = block.segment,
+                                              .offset = block.offset,
+                                              .description_bytes = description.size(),
+                                              .total_bytes = total};
   ++sent_;
   head_->messages.raise();
 }
 
-/// Gives blocks back to the sender. Shared by the channel and every tensor that lies in a block, so it outlives the channel where a user keeps one.
+/// Gives blocks back to the sender. Shared by the channel and every tensor that lies in a block, so it outlives the
+/// channel where a user keeps one.
 class BlockReturns {
  public:
   explicit BlockReturns(std::shared_ptr<Segment> control)
       : control_(std::move(control)), head_(reinterpret_cast<ChannelHead*>(control_->data())) {}
 
-  void borrow() {
-    held_.fetch_add(1, std::memory_order_relaxed);
-  }
+  void borrow() { held_.fetch_add(1, std::memory_order_relaxed); }
 
   void give_back(uint32_t block) {
     const std::lock_guard lock(mutex_);
@@ -196,9 +163,7 @@ class BlockReturns {
     held_.fetch_sub(1, std::memory_order_relaxed);
   }
 
-  uint32_t held() const {
-    return held_.load(std::memory_order_relaxed);
-  }
+  uint32_t held() const { return held_.load(std::memory_order_relaxed); }
 
  private:
   std::shared_ptr<Segment> control_;
@@ -219,9 +184,7 @@ class Lease {
   }
   Lease(const Lease&) = delete;
   Lease& operator=(const Lease&) = delete;
-  ~Lease() {
-    returns_->give_back(block_);
-  }
+  ~Lease() { returns_->give_back(block_); }
 
  private:
   std::shared_ptr<BlockReturns> returns_;
@@ -229,9 +192,10 @@ class Lease {
   uint32_t block_;
 };
 
-} // namespace
+}  // namespace
 
-SharedReceiveChannel::SharedReceiveChannel(Peer sender, int fd, std::string name, std::shared_ptr<Watch> watch, SpinTime spin)
+SharedReceiveChannel::SharedReceiveChannel(Peer sender, int fd, std::string name, std::shared_ptr<Watch> watch,
+                                           SpinTime spin)
     : peer_(sender),
       control_(Segment::open(sender.pid, fd, sizeof(ChannelHead))),
       head_(reinterpret_cast<ChannelHead*>(control_->data())),
@@ -269,25 +233,14 @@ char* SharedReceiveChannel::block(uint32_t segment, size_t offset, size_t bytes)
 }
 
 Message SharedReceiveChannel::receive() {
-  if (head_->messages.count.load(std::memory_order_acquire) == taken_) {
-    const auto since = Watch::Clock::now();
-    bool look = false;
-    while (head_->messages.count.load(std::memory_order_acquire) == taken_) {
-      if (look) {
-        watch_->look(since);
-        // Asked in this order: a peer that sent its last message and ended is no loss.
-        if (has_ended(peer_handle_) && head_->messages.count.load(std::memory_order_acquire) == taken_) {
-          throw_lost(peer_);
-        }
-      }
-      head_->messages.wait(taken_, look ? std::chrono::nanoseconds(0) : spin_.value, Watch::kInterval);
-      look = true;
-    }
-  }
+  const auto has_message = [&] { return head_->messages.count.load(std::memory_order_acquire) != taken_; };
+  wait_for_peer(peer_, peer_handle_, *watch_, spin_, has_message,
+                [&](std::chrono::nanoseconds spin) { head_->messages.wait(taken_, spin, Watch::kInterval); });
   const Descriptor descriptor = head_->descriptors[taken_++ % kRingEntries];
   char* bytes = block(descriptor.segment, descriptor.offset, descriptor.total_bytes);
   if (descriptor.description_bytes > descriptor.total_bytes) {
-    throw std::runtime_error("shared memory channel " + name_ + " is corrupted: a description is longer than its message");
+    throw std::runtime_error("shared memory channel " + name_ +
+                             " is corrupted: a description is longer than its message");
   }
   MessageSpec spec = MessageSpec::decode(bytes, descriptor.description_bytes);
   const size_t payload_at = align_up(descriptor.description_bytes, kPayloadAlignment);
@@ -295,7 +248,8 @@ Message SharedReceiveChannel::receive() {
     throw std::runtime_error("shared memory channel " + name_ + " is corrupted: a message is shorter than its tensors");
   }
   auto lease = std::make_shared<Lease>(returns_, segments_[descriptor.segment], descriptor.block);
-  // With the last free block in use the sender would have to wait until somebody lets go of a tensor, so this message is moved out.
+  // With the last free block in use the sender would have to wait until somebody lets go of a tensor, so this message
+  // is moved out.
   const bool move_out = returns_->held() + 1 >= head_->credits;
   Message message{.frame = spec.frame, .tensors = {}, .requires_grad = {}, .structure = std::move(spec.structure)};
   message.tensors.reserve(spec.tensors.size());
@@ -319,9 +273,7 @@ Token::Token(uint64_t value) : segment_(Segment::create(sizeof(uint64_t))) {
   std::memcpy(segment_->data(), &value, sizeof(value));
 }
 
-int Token::fd() const {
-  return segment_->fd();
-}
+int Token::fd() const { return segment_->fd(); }
 
 bool Token::matches(int64_t pid, int fd, uint64_t value) {
   try {
@@ -332,4 +284,4 @@ bool Token::matches(int64_t pid, int fd, uint64_t value) {
   }
 }
 
-} // namespace pp_runtime
+}  // namespace pp_runtime

@@ -1,34 +1,23 @@
 #pragma once
 
-#include "transport/doorbell.h"
-#include "transport/segment.h"
-#include "transport/transport.h"
-#include "watch.h"
-
 #include <memory>
 #include <string>
 #include <vector>
+#include "transport/doorbell.h"
+#include "transport/peer.h"
+#include "transport/segment.h"
+#include "transport/transport.h"
 
 namespace pp_runtime {
-
-/// A peer on this host as the exchange at the opening found it.
-struct Peer {
-  int rank = -1;
-  int64_t pid = 0;
-};
-
-/// How long a wait spins before it sleeps; zero where there are more ranks than cores.
-struct SpinTime {
-  std::chrono::nanoseconds value{0};
-};
 
 struct ChannelHead;
 
 /// The sending end of a channel between two CPU ranks of one host.
 ///
-/// Owns the channel's memory: a ring of message descriptors, a ring of returned blocks, and segments cut into blocks of one size. A message is one copy
-/// into a free block and one descriptor. There are `credits` blocks; when none is free the sender waits for the receiver to return one. The credits come from the
-/// plan's live intervals, so that is rare; where a wait is longer than kPatience a block is added, so no user who keeps tensors can stop the pipeline.
+/// Owns the channel's memory: a ring of message descriptors, a ring of returned blocks, and segments cut into blocks of
+/// one size. A message is one copy into a free block and one descriptor. There are `credits` blocks; when none is free
+/// the sender waits for the receiver to return one. The credits come from the plan's live intervals, so that is rare;
+/// where a wait is longer than kPatience a block is added, so no user who keeps tensors can stop the pipeline.
 class SharedSendChannel : public SendChannel {
  public:
   SharedSendChannel(uint32_t credits, std::string name, std::shared_ptr<Watch> watch);
@@ -75,7 +64,8 @@ class SharedSendChannel : public SendChannel {
 
 class BlockReturns;
 
-/// The receiving end: its tensors are views of the sender's blocks; a block goes back when the last of them dies, on whatever thread that is.
+/// The receiving end: its tensors are views of the sender's blocks; a block goes back when the last of them dies, on
+/// whatever thread that is.
 class SharedReceiveChannel : public ReceiveChannel {
  public:
   SharedReceiveChannel(Peer sender, int fd, std::string name, std::shared_ptr<Watch> watch, SpinTime spin);
@@ -110,4 +100,4 @@ class Token {
   std::shared_ptr<Segment> segment_;
 };
 
-} // namespace pp_runtime
+}  // namespace pp_runtime

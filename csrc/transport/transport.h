@@ -10,8 +10,8 @@ class SendChannel {
  public:
   virtual ~SendChannel() = default;
 
-  /// Takes the message; its tensors are the channel's until they are read. Waits only where the receiver is further behind
-  /// than the channel's credits, and then throws what `Watch::look` throws.
+  /// Takes the message; its tensors are the channel's until they are read. Waits only where the receiver is further
+  /// behind than the channel's credits, and then throws what `Watch::look` throws.
   virtual void send(Message message) = 0;
 
   /// Called once at the end of a step: returns when nothing of the step is needed from the caller any more.
@@ -30,4 +30,4 @@ class ReceiveChannel {
   virtual Message receive() = 0;
 };
 
-} // namespace pp_runtime
+}  // namespace pp_runtime
