@@ -25,6 +25,7 @@ from .lowering import Channel, Handler, Lowered, Lowering
 from .passes.communication import insert_communication
 from .passes.credits import peak_messages
 from .passes.data_parallel import insert_reduce_grad, insert_unshard
+from .passes.defer import defer_receives
 from .passes.edges import Edge, adjacent_edges
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ class Plan:
     def with_communication(self) -> Order:
         """The order with sends, receives, unshards, reshards and reductions."""
         if self._with_comms:
-            return self.order
+            # The executor waits where a receive stands, so a loaded order's receives go to where they are needed.
+            return defer_receives(self.order)
         order = insert_reduce_grad(insert_unshard(self.order)) if self._has_backward else self.order
         return insert_communication(order, self.placement, self.wiring.edges, backward=self._has_backward)
 
