@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -103,18 +103,29 @@ class Twins:
     """A pipeline, of which this rank holds a part, and the plain model, trained side by side."""
 
     def __init__(
-        self, rank: int, setting: Setting, group: dist.ProcessGroup | None = None, **schedule_options: Any
+        self,
+        rank: int,
+        setting: Setting,
+        group: dist.ProcessGroup | None = None,
+        owners: Sequence[int] | None = None,
+        make: Callable[..., Any] | None = None,
+        **schedule_options: Any,
     ) -> None:
+        """``owners`` (the rank of each stage) and ``make`` take the place of the named schedule's own."""
         ranks = dist.get_world_size(group)
-        self.setting, self.num_stages = setting, ranks * setting.stages_per_rank
+        owners = owners or placement(setting.schedule, ranks, setting.stages_per_rank)
+        self.setting, self.num_stages = setting, len(owners)
         self.example = models.build(setting.model, self.num_stages)
         self.scale = schedule_options.get("scale_grads", True)
         piped = copy.deepcopy(self.example.stages)
         self.plain = nn.ModuleList(self.example.stages)
-        self.mine = {index: piped[index] for index in held_by(rank, setting.schedule, ranks, setting.stages_per_rank)}
+        self.mine = {index: piped[index] for index, owner in enumerate(owners) if owner == rank}
         self.stages = make_stages(self.mine, self.num_stages, group)
-        self.schedule = make_schedule(
-            setting.schedule, self.stages, setting.microbatches, self.example.loss_fn, **schedule_options
+        arguments = (self.stages, setting.microbatches, self.example.loss_fn)
+        self.schedule = (
+            make(*arguments, **schedule_options)
+            if make
+            else make_schedule(setting.schedule, *arguments, **schedule_options)
         )
         self.optimizers = [optimizer_of(self.plain), optimizer_of(nn.ModuleList(self.mine.values()))]
 
