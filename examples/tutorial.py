@@ -108,6 +108,8 @@ def check(
 
 def main(flags: argparse.Namespace) -> None:
     """Train one step over all ranks."""
+    if "RANK" not in os.environ:
+        raise SystemExit("Start this with torchrun: torchrun --nproc_per_node 2 examples/tutorial.py")
     rank, world, n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), flags.microbatches
     device = torch.device("cpu")
     if flags.device == "cuda":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pp_runtime import _build_info
+from pp_runtime import _C, _build_info
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,6 +45,47 @@ def test_an_unknown_choice_of_build_is_refused() -> None:
     made = setup_py("--name", PP_RUNTIME_CUDA="yes")
     assert made.returncode != 0
     assert "PP_RUNTIME_CUDA is 'yes'" in made.stderr
+
+
+@pytest.fixture
+def copied_package(tmp_path: Path) -> Path:
+    """The package as it is, in a folder of its own, to be spoilt there."""
+    return shutil.copytree(ROOT / "pp_runtime", tmp_path / "pp_runtime")
+
+
+def error_of_importing(package: Path) -> str:
+    """The last line that a failing import prints."""
+    imported = subprocess.run(
+        [sys.executable, "-c", "import pp_runtime"],
+        cwd=package.parent,
+        env={**os.environ, "PYTHONPATH": str(package.parent)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert imported.returncode != 0
+    return imported.stderr.strip().splitlines()[-1]
+
+
+def test_importing_without_the_extension_says_how_to_build_it(copied_package: Path) -> None:
+    for library in copied_package.glob("_C*.so"):
+        library.unlink()
+    error = error_of_importing(copied_package)
+    assert "has not been built" in error and "make build" in error
+
+
+def test_importing_beside_another_torch_is_refused(copied_package: Path) -> None:
+    (copied_package / "_build_info.py").write_text('TORCH_VERSION = "1.2.3"\nCUDA = False\n')
+    error = error_of_importing(copied_package)
+    assert "built for torch 1.2.3" in error and torch.__version__ in error
+
+
+def test_the_stub_names_what_the_extension_has() -> None:
+    stub = ast.parse((ROOT / "pp_runtime" / "_C.pyi").read_text())
+    stubbed = {node.name for node in stub.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    stubbed |= {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
+    public = {name for name in dir(_C) if not name.startswith("__")}
+    assert {name for name in stubbed if not name.startswith("__")} == public
 
 
 def test_the_readmes_make_commands_exist() -> None:

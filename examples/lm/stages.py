@@ -28,6 +28,8 @@ class Rank:
     @staticmethod
     def join() -> Rank:
         """Join the others that torchrun started: CUDA and NCCL where each has a GPU of its own, else CPU and gloo."""
+        if "RANK" not in os.environ:
+            raise SystemExit("Start this with torchrun: torchrun --nproc_per_node 2 examples/train_lm.py")
         index, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         device = torch.device("cpu")
         if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
