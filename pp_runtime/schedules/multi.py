@@ -12,6 +12,7 @@ from pp_runtime.schedules.base import _PipelineSchedule
 from pp_runtime.schedules.catalogue import build_order
 from pp_runtime.schedules.checks import check_stages
 from pp_runtime.schedules.placement import looped
+from pp_runtime.schedules.refusal import refusal_told_to_other_ranks
 
 if TYPE_CHECKING:
     from pp_runtime.stage import _PipelineStageBase
@@ -50,7 +51,8 @@ class PipelineScheduleMulti(_PipelineSchedule):
                 DeprecationWarning,
                 stacklevel=2,
             )
-        built = self._build_order()
+        with refusal_told_to_other_ranks(self._stages[0]):
+            built = self._build_order()
         if built is None:
             self.stage_index_to_group_rank = dict(enumerate(looped(self.pp_group_size, self._num_stages)))
         else:

@@ -13,6 +13,7 @@ from pp_runtime.schedules.base import _PipelineSchedule
 from pp_runtime.schedules.catalogue import build_order
 from pp_runtime.schedules.checks import check_stage
 from pp_runtime.schedules.order_holder import TorchOrder
+from pp_runtime.schedules.refusal import refusal_told_to_other_ranks
 
 if TYPE_CHECKING:
     from pp_runtime.stage import _PipelineStageBase
@@ -38,16 +39,24 @@ class PipelineScheduleSingle(_PipelineSchedule):
         super().__init__(n_microbatches, loss_fn, args_chunk_spec, kwargs_chunk_spec, output_merge_spec, scale_grads)
         self._stage = check_stage(stage)
         self._num_stages = stage.num_stages
-        if stage.num_stages != stage.group_size:
-            raise PipelineUsageError(
-                f"{type(self).__name__} holds one stage a rank, but there are {stage.num_stages} stages for "
-                f"{stage.group_size} ranks: split the model into {stage.group_size} stages, or use a schedule for "
-                "several stages a rank, such as ScheduleInterleaved1F1B"
-            )
-        if self._order_name is not None:
-            self._set_order(*build_order(self._order_name, stage.group_size, stage.num_stages, self._n_microbatches))
-        elif type(self)._get_pipeline_order is not PipelineScheduleSingle._get_pipeline_order:
+        with refusal_told_to_other_ranks(stage):
+            self._check_one_stage_a_rank()
+            if self._order_name is not None:
+                self._set_order(
+                    *build_order(self._order_name, stage.group_size, stage.num_stages, self._n_microbatches)
+                )
+        own = type(self)._get_pipeline_order is not PipelineScheduleSingle._get_pipeline_order
+        if own and self._order_name is None:
             self.pipeline_order = self._get_pipeline_order() or {}
+
+    def _check_one_stage_a_rank(self) -> None:
+        ranks = self._stage.group_size
+        if self._num_stages != ranks:
+            raise PipelineUsageError(
+                f"{type(self).__name__} holds one stage a rank, but there are {self._num_stages} stages for {ranks} "
+                f"ranks: split the model into {ranks} stages, or use a schedule for several stages a rank, such as "
+                "ScheduleInterleaved1F1B"
+            )
 
     @property
     def _stages(self) -> list[_PipelineStageBase]:  # type: ignore[override]
