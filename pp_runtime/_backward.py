@@ -24,7 +24,7 @@ def stage_backward(
 
     Args:
         stage_output: What the stage gave, or the loss: a tensor or a nest of tuples, lists and dicts of tensors.
-        output_grads: The outputs' gradients, in the same nest; ``None`` for a part without gradient (a scalar's is one).
+        output_grads: The outputs' gradients in the same nest, ``None`` where there is none (a scalar's is then one).
         input_values: What went into the stage. Their ``grad`` is taken and cleared.
         outputs_with_grads_idxs: Which outputs take part; all of them when ``None``.
 
@@ -107,7 +107,7 @@ def stage_backward_weight(
 
 
 def _pairs(output: Any, gradient: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """The tensors of a nest, each with its gradient; a part whose gradient is None is left out, unless it is a tensor."""
+    """The tensors of a nest, each with its gradient. A part that is no tensor and has no gradient is left out."""
     if isinstance(output, torch.Tensor):
         if gradient is not None and not isinstance(gradient, torch.Tensor):
             raise PipelineUsageError(f"An output's gradient is a tensor or None, not {type(gradient).__name__}.")
@@ -115,7 +115,7 @@ def _pairs(output: Any, gradient: Any) -> Iterator[tuple[torch.Tensor, torch.Ten
     elif isinstance(output, (tuple, list)) and gradient is not None:
         if not isinstance(gradient, (tuple, list)) or len(gradient) != len(output):
             raise PipelineUsageError(
-                f"{len(output)} outputs need as many gradients, not {_size(gradient)} of type {type(gradient).__name__}."
+                f"{len(output)} outputs need as many gradients, not {_size(gradient)} ({type(gradient).__name__})."
             )
         for part, part_gradient in zip(output, gradient, strict=True):
             yield from _pairs(part, part_gradient)

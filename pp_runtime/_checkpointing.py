@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,16 +14,20 @@ def is_reentrant_checkpoint(node: Any) -> bool:
     return getattr(type(node), "_forward_cls", None) is CheckpointFunction
 
 
-@cache
-def _saved_tensor_names(node_type: type) -> tuple[str, ...]:
-    return tuple(name for name in dir(node_type) if name.startswith("_raw_saved_"))
+_saved_tensor_names: dict[type, tuple[str, ...]] = {}
+
+
+def _names_of_saved_tensors(node_type: type) -> tuple[str, ...]:
+    if node_type not in _saved_tensor_names:
+        _saved_tensor_names[node_type] = tuple(name for name in dir(node_type) if name.startswith("_raw_saved_"))
+    return _saved_tensor_names[node_type]
 
 
 def saves_behind_hooks(node: Any) -> bool:
     """Whether a saved tensor of the node was packed by a hook, as a checkpoint's are. A Python Function may always."""
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         return True
-    for name in _saved_tensor_names(type(node)):
+    for name in _names_of_saved_tensors(type(node)):
         saved = getattr(node, name)
         for tensor in saved if isinstance(saved, (tuple, list)) else (saved,):
             if getattr(tensor, "unpack_hook", None) is not None:
@@ -35,8 +38,8 @@ def saves_behind_hooks(node: Any) -> bool:
 def recompute(context: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Run a reentrant checkpoint's function again under the conditions of its forward, this time with gradients on.
 
-    Returns its outputs and the detached tensors that went in. CheckpointFunction's own backward goes on to run the whole
-    backward of that graph; the caller splits it instead. A place without a tensor holds one that needs no gradient.
+    Returns its outputs and the detached tensors that went in. CheckpointFunction's own backward goes on to run that
+    graph's whole backward; the caller splits it instead. A place without a tensor holds one that needs no gradient.
     """
     arguments = list(context.inputs)
     detached = []

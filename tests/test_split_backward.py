@@ -220,12 +220,12 @@ def test_custom_functions_run_once() -> None:
 
     class Scale(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x, weight):  # noqa: ANN001, ANN205
+        def forward(ctx, x, weight):
             ctx.save_for_backward(x, weight)
             return x * weight
 
         @staticmethod
-        def backward(ctx, gradient):  # noqa: ANN001, ANN205
+        def backward(ctx, gradient):
             calls.append(ctx.needs_input_grad)
             x, weight = ctx.saved_tensors
             return gradient * weight, (gradient * x).sum(0)
@@ -277,11 +277,11 @@ def test_weight_half_runs_once_and_accumulates() -> None:
 def test_failing_backward_says_what_failed() -> None:
     class Broken(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x):  # noqa: ANN001, ANN205
+        def forward(ctx, x):
             return x.clone()
 
         @staticmethod
-        def backward(ctx, gradient):  # noqa: ANN001, ANN205
+        def backward(ctx, gradient):
             raise ValueError("no gradient today")
 
     x = an_input(2, 3)

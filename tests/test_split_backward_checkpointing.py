@@ -19,7 +19,7 @@ from pp_runtime._backward import stage_backward_input, stage_backward_weight
 from tests.splitting import assert_same, split, whole
 
 
-def keep_products(context, operation, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN201
+def keep_products(context, operation, *args, **kwargs):
     kept = operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 

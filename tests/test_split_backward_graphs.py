@@ -16,12 +16,12 @@ class Twice(torch.autograd.Function):
     """A Python Function with two inputs and two outputs."""
 
     @staticmethod
-    def forward(ctx, x, y):  # noqa: ANN001, ANN205
+    def forward(ctx, x, y):
         ctx.save_for_backward(x, y)
         return x * y, x + y
 
     @staticmethod
-    def backward(ctx, product, total):  # noqa: ANN001, ANN205
+    def backward(ctx, product, total):
         x, y = ctx.saved_tensors
         return product * y + total, product * x + total
 

@@ -1,4 +1,4 @@
-"""Between I and W lives what W needs and no more; after W nothing does. Work grows with the graph, not with its square."""
+"""Between I and W lives what W needs and no more, after W nothing; and time grows with the graph, not its square."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def watch(tensor: torch.Tensor, into: list[weakref.ref]) -> torch.Tensor:
     return tensor
 
 
-def halves_with(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, weights: list[nn.Parameter]):  # noqa: ANN201
+def halves_with(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, weights: list[nn.Parameter]):
     return stage_backward_input([forward(x)], None, [x], iter(weights))[1]
 
 

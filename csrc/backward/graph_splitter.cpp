@@ -98,9 +98,7 @@ void GraphSplitter::settle(Node& node) {
   }
 }
 
-bool GraphSplitter::must_run_in_input_half(Node& node) const {
-  return inside_checkpoint_ && saves_behind_hooks(node);
-}
+bool GraphSplitter::must_run_in_input_half(Node& node) const { return inside_checkpoint_ && saves_behind_hooks(node); }
 
 Node* GraphSplitter::halve(Node& node) {
   // A post hook sees all gradients that its node made, so its node makes them at once.

@@ -10,7 +10,8 @@ namespace pp_runtime {
 
 struct WeightProduct;
 
-/// What the engine does before a node runs, for a node that is run in another's place: its hooks, in the engine's order.
+/// What the engine does before a node runs, for a node that is run in another's place: its hooks, in the engine's
+/// order.
 torch::autograd::variable_list run_hooks_before(torch::autograd::Node& node, torch::autograd::variable_list gradients);
 
 /// A node that takes part in I and again in W, where it is a root. Owned by the graph during I, by the WeightHalf

@@ -4,7 +4,8 @@
 
 namespace pp_runtime {
 
-/// Whether the node is the backward of torch's reentrant checkpoint. Called for every node of the input side: quick, no GIL.
+/// Whether the node is the backward of torch's reentrant checkpoint. Called for every node of the input side: quick, no
+/// GIL.
 bool is_reentrant_checkpoint(const torch::autograd::Node& node);
 
 /// Whether any tensor that the node saved stands behind hooks. Takes the GIL.

@@ -45,12 +45,8 @@ variable_list RecomputeNode::apply(variable_list&& gradients) {
   return result;
 }
 
-std::string RecomputeNode::name() const {
-  return checkpoint_->name();
-}
+std::string RecomputeNode::name() const { return checkpoint_->name(); }
 
-std::unique_ptr<WeightHalf> RecomputeNode::take_weight_half() {
-  return std::move(weight_half_);
-}
+std::unique_ptr<WeightHalf> RecomputeNode::take_weight_half() { return std::move(weight_half_); }
 
 }  // namespace pp_runtime

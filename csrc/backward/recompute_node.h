@@ -8,9 +8,9 @@
 
 namespace pp_runtime {
 
-/// Stands for a reentrant checkpoint on the input side. The checkpoint's own backward would run the function again and then its
-/// whole backward; this runs the function again and then its input half, and leaves the weight half for W.
-/// So a block's forward runs twice in all, and its weights' hooks fire in W.
+/// Stands for a reentrant checkpoint on the input side. The checkpoint's own backward would run the function again and
+/// then its whole backward; this runs the function again and then its input half, and leaves the weight half for W. So
+/// a block's forward runs twice in all, and its weights' hooks fire in W.
 class RecomputeNode final : public torch::autograd::Node {
  public:
   explicit RecomputeNode(NodePtr checkpoint);
