@@ -30,6 +30,9 @@ class FakeStage(_PipelineStageBase):
         self.scaled: list[int] = []
         self._core = SimpleNamespace(set_loss=lambda microbatch, loss: None)
 
+    def adapter(self) -> None:
+        return None
+
     def scale_grads(self, grad_scale_factor: int) -> None:
         self.scaled.append(grad_scale_factor)
 

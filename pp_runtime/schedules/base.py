@@ -147,7 +147,9 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
             self._end_custom_step()
             if runtime.over():
                 self._runtime = None  # a failed step ends its runtime on every rank
-        if training and self.scale_grads and REDUCE_GRAD not in self._comp_type_to_function_map:
+        if not training:
+            self._free_gathered_weights()
+        elif self.scale_grads and REDUCE_GRAD not in self._comp_type_to_function_map:
             for stage in self._stages:
                 stage.scale_grads(self._n_microbatches)
         last_stage = self._last_stage()
@@ -156,6 +158,13 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
         last_stage.output_chunks = self._all_outputs(result.outputs, last_stage.output_chunks) if return_outputs else []
         if losses is not None:
             losses[:] = step_losses
+
+    def _free_gathered_weights(self) -> None:
+        # A backward would do this; without one, the weights gathered for a forward would outlive their next change.
+        for stage in self._stages:
+            adapter = stage.adapter()
+            if adapter is not None:
+                adapter.reshard()
 
     def _ensure_runtime(self) -> Runtime:
         if self._runtime is None:
