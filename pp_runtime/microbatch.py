@@ -12,6 +12,13 @@ from torch.fx.node import map_aggregate
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from pp_runtime.errors import PipelineTypeError, PipelineUsageError
+from pp_runtime.special_tensors import (
+    concatenate_dtensors,
+    is_block_mask,
+    is_dtensor,
+    split_block_mask,
+    split_dtensor,
+)
 
 __all__ = ["TensorChunkSpec", "split_args_kwargs_into_chunks", "merge_chunks"]
 
@@ -122,7 +129,7 @@ def _flatten_with_specs(values: Any, specs: Any, name: str) -> tuple[list[Any], 
     if not values:
         return [], [], tree_flatten(values)[1]  # a rank without these arguments needs no specs for them
     if specs is None:
-        specs = tree_map(_default_spec, values, is_leaf=_is_block_mask)
+        specs = tree_map(_default_spec, values, is_leaf=is_block_mask)
     elif isinstance(values, tuple):
         specs = tuple(specs)
     elif values.keys() != specs.keys():
@@ -133,7 +140,7 @@ def _flatten_with_specs(values: Any, specs: Any, name: str) -> tuple[list[Any], 
     else:
         # Leaves are matched by position, so both dictionaries must list their names in the same order.
         specs = {key: specs[key] for key in values}
-    flat_values, tree = tree_flatten(values, is_leaf=_is_block_mask)
+    flat_values, tree = tree_flatten(values, is_leaf=is_block_mask)
     flat_specs, _ = tree_flatten(specs)
     if len(flat_values) != len(flat_specs):
         raise PipelineUsageError(
@@ -144,7 +151,7 @@ def _flatten_with_specs(values: Any, specs: Any, name: str) -> tuple[list[Any], 
 
 
 def _default_spec(value: Any) -> TensorChunkSpec | _Replicate:
-    cuttable = _is_block_mask(value) or (isinstance(value, torch.Tensor) and value.dim() > 0)
+    cuttable = is_block_mask(value) or (isinstance(value, torch.Tensor) and value.dim() > 0)
     return TensorChunkSpec(DEFAULT_CHUNK_DIM) if cuttable else _Replicate()
 
 
@@ -164,7 +171,7 @@ def _rows(value: Any, spec: Any) -> int:
                 "or use _Replicate to give it whole to every microbatch"
             )
         return value.size(spec.split_dim)
-    if _is_block_mask(value):
+    if is_block_mask(value):
         if spec.split_dim != 0:
             raise PipelineUsageError(
                 f"a BlockMask is cut along dimension 0 only, got TensorChunkSpec({spec.split_dim})"
@@ -181,8 +188,8 @@ def _split(value: Any, spec: Any, count: int) -> Sequence[Any]:
         return [value] * count
     if count == 0:
         return []
-    if _is_block_mask(value):
-        return _split_block_mask(value, count)
+    if is_block_mask(value):
+        return split_block_mask(value, count)
     return _split_tensor(value, spec, count)
 
 
@@ -192,8 +199,8 @@ def _split_tensor(tensor: torch.Tensor, spec: TensorChunkSpec, num_chunks: int) 
             f"{_describe(tensor)} has {tensor.size(spec.split_dim)} rows in dimension {spec.split_dim}, which is fewer "
             f"than {num_chunks} microbatches: use a larger batch or fewer microbatches"
         )
-    if _is_dtensor(tensor):
-        pieces = _split_dtensor(tensor, spec.split_dim, num_chunks)
+    if is_dtensor(tensor):
+        pieces = split_dtensor(tensor, spec.split_dim, num_chunks)
     else:
         pieces = torch.tensor_split(tensor, num_chunks, spec.split_dim)
     if tensor.requires_grad and tensor.is_leaf:
@@ -201,70 +208,6 @@ def _split_tensor(tensor: torch.Tensor, spec: TensorChunkSpec, num_chunks: int) 
         for piece in pieces:
             piece.retain_grad()
     return pieces
-
-
-def _split_dtensor(tensor: Any, dim: int, num_chunks: int) -> Sequence[torch.Tensor]:
-    """Cut each rank's own part, so that nothing is gathered; the global size of a piece is as tensor_split gives it."""
-    from torch.distributed.tensor import DTensor
-
-    quotient, remainder = divmod(tensor.shape[dim], num_chunks)
-    pieces = []
-    for index, local in enumerate(torch.tensor_split(tensor.to_local(), num_chunks, dim)):
-        shape = list(tensor.shape)
-        shape[dim] = quotient + (index < remainder)
-        pieces.append(_from_local(DTensor, local, tensor, shape))
-    return pieces
-
-
-def _from_local(dtensor_class: Any, local: torch.Tensor, like: Any, shape: list[int]) -> torch.Tensor:
-    return dtensor_class.from_local(
-        local, like.device_mesh, like.placements, shape=torch.Size(shape), stride=like.stride(), run_check=False
-    )
-
-
-def _split_block_mask(block_mask: Any, num_chunks: int) -> list[Any]:
-    if block_mask.kv_num_blocks.size(0) == 1:
-        return [block_mask] * num_chunks
-    if block_mask.kv_num_blocks.size(0) < num_chunks:
-        raise PipelineUsageError(
-            f"a BlockMask of batch {block_mask.kv_num_blocks.size(0)} cannot be cut into {num_chunks} microbatches: "
-            "use a larger batch or fewer microbatches"
-        )
-
-    def cut(blocks: torch.Tensor | None) -> Sequence[Any]:
-        return [None] * num_chunks if blocks is None else torch.tensor_split(blocks, num_chunks, 0)
-
-    masks: list[Any] = []
-    first_row = 0
-    for counts, indices, full_counts, full_indices in zip(
-        cut(block_mask.kv_num_blocks),
-        cut(block_mask.kv_indices),
-        cut(block_mask.full_kv_num_blocks),
-        cut(block_mask.full_kv_indices),
-        strict=True,
-    ):
-        masks.append(
-            type(block_mask).from_kv_blocks(
-                kv_num_blocks=counts,
-                kv_indices=indices,
-                full_kv_num_blocks=full_counts,
-                full_kv_indices=full_indices,
-                BLOCK_SIZE=block_mask.BLOCK_SIZE,
-                mask_mod=_shifted(block_mask.mask_mod, first_row),
-                seq_lengths=block_mask.seq_lengths,
-            )
-        )
-        first_row += len(counts)
-    return masks
-
-
-def _shifted(mask_mod: Callable[..., Any], first_row: int) -> Callable[..., Any]:
-    """The mask function of a microbatch, whose row 0 is the batch's ``first_row``."""
-
-    def shifted_mask_mod(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return mask_mod(b + torch.full_like(b, first_row), h, q_idx, kv_idx)
-
-    return shifted_mask_mod
 
 
 def _merge(spec: Any, values: list[Any]) -> Any:
@@ -290,35 +233,16 @@ def _concatenate(values: list[Any], dim: int) -> torch.Tensor:
             raise PipelineTypeError(f"the merge spec says TensorChunkSpec({dim}) for {_describe(value)}")
     if all(value.dim() == 0 for value in values):
         return torch.stack(values)
-    if not any(_is_dtensor(value) for value in values):
+    if not any(is_dtensor(value) for value in values):
         return torch.cat(values, dim)
 
-    from torch.distributed.tensor import DTensor
-
-    if not all(isinstance(value, DTensor) and value.placements == values[0].placements for value in values):
-        raise PipelineUsageError(
-            "the microbatches of one output must all be DTensors with the same placements, or all plain tensors"
-        )
-    shape = list(values[0].shape)
-    shape[dim] = sum(value.shape[dim] for value in values)
-    return _from_local(DTensor, torch.cat([value.to_local() for value in values], dim), values[0], shape)
+    return concatenate_dtensors(values, dim)
 
 
 def _equal(value: Any, other: Any) -> bool:
     if isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor):
         return value is other or (value.shape == other.shape and bool(torch.equal(value, other)))
     return bool(value == other)
-
-
-def _is_dtensor(value: Any) -> bool:
-    # Importing torch.distributed.tensor costs half a second; where nobody has, there are no DTensors.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
-
-
-def _is_block_mask(value: Any) -> bool:
-    module = sys.modules.get("torch.nn.attention.flex_attention")
-    return module is not None and isinstance(value, module.BlockMask)
 
 
 def _describe(value: Any) -> str:
