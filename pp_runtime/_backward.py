@@ -151,8 +151,7 @@ def _take_gradient(value: Any) -> torch.Tensor | None:
 
 
 def _accumulate(value: torch.Tensor, gradient: torch.Tensor) -> None:
-    if not value.is_leaf and value.retains_grad:
-        return  # its own hook has stored the gradient
+    # Of a tensor that is no leaf, its own hook stores the gradient if the user asked for it.
     if value.is_leaf:
         value.grad = gradient if value.grad is None else value.grad + gradient
 

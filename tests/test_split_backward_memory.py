@@ -4,98 +4,97 @@ from __future__ import annotations
 
 import gc
 import time
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from pp_runtime._backward import stage_backward_input, stage_backward_weight
 
 
-def alive(tensors: list[weakref.ref]) -> int:
-    gc.collect()
-    return sum(reference() is not None for reference in tensors)
+class Watched:
+    """Tensors made in a forward, of which only the storage is watched: autograd keeps other tensors over it."""
+
+    def __init__(self) -> None:
+        self.storages: list[StorageWeakRef] = []
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.storages.append(StorageWeakRef(tensor.untyped_storage()))
+        return tensor
+
+    def alive(self) -> int:
+        gc.collect()
+        return sum(not storage.expired() for storage in self.storages)
 
 
-def watch(tensor: torch.Tensor, into: list[weakref.ref]) -> torch.Tensor:
-    into.append(weakref.ref(tensor))
-    return tensor
-
-
-def halves_with(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, weights: list[nn.Parameter]):
-    return stage_backward_input([forward(x)], None, [x], iter(weights))[1]
+def input_half(
+    forward: Callable[[torch.Tensor], torch.Tensor], weights: Iterable[nn.Parameter], *watched: Watched
+) -> Any:
+    x = torch.randn(4, 8, requires_grad=True)
+    output = forward(x)
+    assert all(each.alive() for each in watched)  # or the test would watch nothing
+    groups = stage_backward_input([output], None, [x], iter(tuple(weights)))[1]
+    return groups
 
 
 def test_what_only_the_input_half_reads_is_released_after_it() -> None:
-    saved: list[weakref.ref] = []
+    saved = Watched()
     linear = nn.Linear(8, 8)
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        y = watch(torch.tanh(linear(x)), saved)  # tanh saves its result
-        return watch(torch.softmax(y, -1), saved)
-
-    groups = halves_with(forward, torch.randn(4, 8, requires_grad=True), list(linear.parameters()))
-    assert alive(saved) == 0
+    # Both save their results, and the weight's gradient needs neither.
+    groups = input_half(lambda x: saved(torch.softmax(saved(torch.tanh(linear(x))), -1)), linear.parameters(), saved)
+    assert saved.alive() == 0
     stage_backward_weight(linear.parameters(), groups)
 
 
 def test_a_layer_keeps_its_input_for_the_weight_half_and_not_its_weight() -> None:
-    activations: list[weakref.ref] = []
-    copies: list[weakref.ref] = []
+    activations, copies = Watched(), Watched()
     weight = nn.Parameter(torch.randn(8, 8))
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return watch(x * 2, activations) @ watch(weight * 2, copies)
-
-    groups = halves_with(forward, torch.randn(4, 8, requires_grad=True), [weight])
-    assert (alive(activations), alive(copies)) == (1, 0)
+    groups = input_half(lambda x: activations(x * 2) @ copies(weight * 2), [weight], activations, copies)
+    assert (activations.alive(), copies.alive()) == (1, 0)
     stage_backward_weight([weight], groups)
-    assert alive(activations) == 0
+    assert activations.alive() == 0
 
 
 def test_small_weight_gradients_are_made_at_once_so_that_nothing_large_waits() -> None:
-    activations: list[weakref.ref] = []
+    activations = Watched()
     norm = nn.LayerNorm(8)
-    groups = halves_with(
-        lambda x: norm(watch(x * 2, activations)), torch.randn(4, 8, requires_grad=True), list(norm.parameters())
-    )
-    assert alive(activations) == 0
+    groups = input_half(lambda x: norm(activations(x * 2)), norm.parameters(), activations)
+    assert activations.alive() == 0
     assert norm.weight.grad is None
     stage_backward_weight(norm.parameters(), groups)
     assert norm.weight.grad is not None
 
 
-def test_the_weight_half_releases_as_it_goes_and_keeps_the_graph_when_told() -> None:
+def test_a_graph_that_microbatches_share_is_kept_when_told() -> None:
     weight = nn.Parameter(torch.randn(8, 8))
     scaled = weight.exp()  # made once, used by two microbatches
-    groups = [halves_with(lambda x: x @ scaled, torch.randn(4, 8, requires_grad=True), [weight]) for _ in range(2)]
-    stage_backward_weight([weight], groups[0], retain_graph=True)
-    stage_backward_weight([weight], groups[1])
+    first, second = (input_half(lambda x: x @ scaled, [weight]) for _ in range(2))
+    stage_backward_weight([weight], first, retain_graph=True)
+    stage_backward_weight([weight], second)
     assert weight.grad is not None
 
 
 def test_a_half_that_is_dropped_frees_its_tensors() -> None:
-    activations: list[weakref.ref] = []
+    activations = Watched()
     weight = nn.Parameter(torch.randn(8, 8))
-    groups = halves_with(lambda x: watch(x * 2, activations) @ weight, torch.randn(4, 8, requires_grad=True), [weight])
+    groups = input_half(lambda x: activations(x * 2) @ weight, [weight], activations)
+    assert activations.alive() == 1
     del groups
-    assert alive(activations) == 0
+    assert activations.alive() == 0
 
 
 def test_a_graph_too_deep_for_recursion() -> None:
-    layer = nn.Linear(2, 2)
+    layer = nn.Linear(8, 8)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         for _ in range(20_000):
             x = layer(x)
         return x
 
-    groups = halves_with(forward, torch.zeros(1, 2, requires_grad=True), list(layer.parameters()))
-    stage_backward_weight(layer.parameters(), groups)
-    del groups
-    groups = halves_with(forward, torch.zeros(1, 2, requires_grad=True), list(layer.parameters()))
-    del groups
+    stage_backward_weight(layer.parameters(), input_half(forward, layer.parameters()))
+    input_half(forward, layer.parameters())  # dropped before W
 
 
 def seconds(depth: int) -> float:
