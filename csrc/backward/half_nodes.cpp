@@ -39,6 +39,8 @@ variable_list run_hooks_before(Node& node, variable_list gradients) {
   return gradients;
 }
 
+void HalfNode::run_before(const c10::intrusive_ptr<HalfNode>& next) { next_edges().emplace_back(next, 0); }
+
 SplitNode::SplitNode(NodePtr whole, const WeightProduct& product, edge_list input_edges, edge_list weight_edges)
     : HalfNode(whole->sequence_nr(), edge_list(input_edges)),
       whole_(std::move(whole)),
@@ -53,7 +55,9 @@ SplitNode::SplitNode(NodePtr whole, const WeightProduct& product, edge_list inpu
 
 variable_list SplitNode::apply(variable_list&& gradients) {
   if (in_weight_half_) {
-    return (*whole_)(std::move(gradients_));
+    variable_list weight_gradients = (*whole_)(std::move(gradients_));
+    weight_gradients.resize(num_outputs());  // nothing for the half that runs next
+    return weight_gradients;
   }
   // The engine runs this node's hooks, and it has none: the whole node's run here, once, and W sees what they made.
   variable_list final_gradients = run_hooks_before(*whole_, std::move(gradients));
@@ -90,6 +94,7 @@ KeepNode::KeepNode(uint64_t sequence_nr, edge_list weight_edges)
 
 variable_list KeepNode::apply(variable_list&& gradients) {
   if (in_weight_half_) {
+    gradients_.resize(num_outputs());
     return std::move(gradients_);
   }
   gradients_ = std::move(gradients);
@@ -98,7 +103,6 @@ variable_list KeepNode::apply(variable_list&& gradients) {
 
 void KeepNode::begin_weight_half() {
   in_weight_half_ = true;
-  gradients_.resize(weight_edges_.size());
   next_edges() = std::move(weight_edges_);
 }
 

@@ -25,6 +25,9 @@ class HalfNode : public torch::autograd::Node {
   using Node::Node;
   /// Turns from I to W: next edges become the weight-side ones, and what only I needed is let go.
   virtual void begin_weight_half() = 0;
+  /// In W, makes `next` wait for this node. The engine would run them in this order anyway, but through a queue that
+  /// holds all of them at once, whose every step then takes longer the deeper the stage.
+  void run_before(const c10::intrusive_ptr<HalfNode>& next);
 };
 
 /// Runs a node of which each half is a product of its own (matrix products, convolutions) twice: for the input side

@@ -57,11 +57,16 @@ void WeightHalf::run(bool keep_graph) {
   }
   has_run_ = true;
   Roots roots = std::move(roots_);
-  for (auto& half : halves_) {
-    roots.edges.emplace_back(std::move(half), 0);
+  if (!halves_.empty()) {
+    std::sort(halves_.begin(), halves_.end(),
+              [](const auto& left, const auto& right) { return left->sequence_nr() > right->sequence_nr(); });
+    for (size_t i = 0; i + 1 < halves_.size(); ++i) {
+      halves_[i]->run_before(halves_[i + 1]);
+    }
+    roots.edges.emplace_back(std::move(halves_.front()), 0);
+    roots.grads.emplace_back();
+    halves_.clear();
   }
-  roots.grads.resize(roots.edges.size());
-  halves_.clear();
   if (!roots.edges.empty()) {
     StartNode::execute(std::move(roots), keep_graph);
   }
