@@ -3,7 +3,9 @@
 #include <ATen/Functions.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <sstream>
 #include <stdexcept>
 
@@ -24,6 +26,7 @@ struct EncodedTensor {
   uint8_t requires_grad;
   uint8_t dtype;
   uint8_t dimensions;
+  uint8_t strided;
 };
 
 class Reader {
@@ -67,6 +70,27 @@ size_t checked_bytes(const std::vector<int64_t>& sizes, at::ScalarType dtype) {
   return bytes;
 }
 
+/// Throws unless the strides are those of a dense tensor: a permutation of a contiguous one.
+void check_dense(const TensorSpec& tensor) {
+  std::vector<size_t> order(tensor.sizes.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return tensor.strides[a] < tensor.strides[b]; });
+  int64_t expected = 1;
+  for (const size_t dimension : order) {
+    if (tensor.sizes[dimension] == 1) {
+      continue;
+    }
+    if (tensor.strides[dimension] != expected) {
+      throw std::runtime_error("a message's description holds strides of a tensor that is not dense");
+    }
+    expected *= tensor.sizes[dimension];
+  }
+}
+
+bool keeps_strides(const at::Tensor& tensor) {
+  return !tensor.is_contiguous() && tensor.is_non_overlapping_and_dense() && tensor.numel() > 0;
+}
+
 void place(MessageSpec& spec) {
   size_t offset = 0;
   for (TensorSpec& tensor : spec.tensors) {
@@ -93,6 +117,9 @@ MessageSpec MessageSpec::of(const Message& message) {
     tensor.requires_grad = message.requires_grad[i] != 0;
     tensor.dtype = message.tensors[i].scalar_type();
     tensor.sizes = message.tensors[i].sizes().vec();
+    if (keeps_strides(message.tensors[i])) {
+      tensor.strides = message.tensors[i].strides().vec();
+    }
   }
   place(spec);
   return spec;
@@ -107,9 +134,13 @@ std::string MessageSpec::encode() const {
     append(bytes, EncodedTensor{.defined = static_cast<uint8_t>(tensor.defined),
                                 .requires_grad = static_cast<uint8_t>(tensor.requires_grad),
                                 .dtype = static_cast<uint8_t>(tensor.dtype),
-                                .dimensions = static_cast<uint8_t>(tensor.sizes.size())});
+                                .dimensions = static_cast<uint8_t>(tensor.sizes.size()),
+                                .strided = static_cast<uint8_t>(!tensor.strides.empty())});
     for (const int64_t size : tensor.sizes) {
       append(bytes, size);
+    }
+    for (const int64_t stride : tensor.strides) {
+      append(bytes, stride);
     }
   }
   return bytes + structure;
@@ -135,6 +166,14 @@ MessageSpec MessageSpec::decode(const char* bytes, size_t size) {
     for (int64_t& dimension : tensor.sizes) {
       dimension = reader.take<int64_t>();
     }
+    if (encoded.strided != 0) {
+      tensor.strides.resize(encoded.dimensions);
+      for (int64_t& stride : tensor.strides) {
+        stride = reader.take<int64_t>();
+      }
+      checked_bytes(tensor.sizes, tensor.dtype);
+      check_dense(tensor);
+    }
   }
   spec.structure = reader.take_text(head.structure_bytes);
   place(spec);
@@ -149,7 +188,7 @@ bool MessageSpec::same_layout(const MessageSpec& other) const {
     const TensorSpec& ours = tensors[i];
     const TensorSpec& theirs = other.tensors[i];
     if (ours.defined != theirs.defined || ours.requires_grad != theirs.requires_grad || ours.dtype != theirs.dtype ||
-        ours.sizes != theirs.sizes) {
+        ours.sizes != theirs.sizes || ours.strides != theirs.strides) {
       return false;
     }
   }
@@ -182,12 +221,22 @@ void pack(const Message& message, const MessageSpec& spec, char* payload) {
       continue;
     }
     const at::Tensor& source = message.tensors[i];
-    if (source.is_contiguous() && !source.is_conj() && !source.is_neg()) {
+    if ((source.is_contiguous() || !tensor.strides.empty()) && !source.is_conj() && !source.is_neg()) {
       std::memcpy(payload + tensor.offset, source.const_data_ptr(), tensor.bytes);
     } else {
-      at::from_blob(payload + tensor.offset, tensor.sizes, source.options().requires_grad(false)).copy_(source);
+      tensor.view(payload, [](void*) {}, source.options().requires_grad(false)).copy_(source);
     }
   }
+}
+
+at::Tensor TensorSpec::view(char* payload, const std::function<void(void*)>& release, at::TensorOptions options) const {
+  if (bytes == 0) {
+    return at::empty(sizes, options.dtype(dtype));
+  }
+  if (strides.empty()) {
+    return at::from_blob(payload + offset, sizes, release, options.dtype(dtype));
+  }
+  return at::from_blob(payload + offset, sizes, strides, release, options.dtype(dtype));
 }
 
 }  // namespace pp_runtime

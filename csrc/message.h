@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -29,13 +30,20 @@ struct Message {
 };
 
 /// Shape, dtype and gradient flag of one tensor of a message, and where its bytes lie in the packed message.
+/// A dense tensor arrives with the strides it had (so that what is computed from it is computed alike); any other
+/// arrives contiguous.
 struct TensorSpec {
   bool defined = false;
   bool requires_grad = false;
   at::ScalarType dtype = at::kFloat;
   std::vector<int64_t> sizes;
+  /// Empty for a contiguous tensor.
+  std::vector<int64_t> strides;
   size_t offset = 0;
   size_t bytes = 0;
+
+  /// The tensor over its bytes in `payload`; `release` is called when it dies.
+  at::Tensor view(char* payload, const std::function<void(void*)>& release, at::TensorOptions options) const;
 };
 
 /// A message's own description: enough to allocate its storage and to say what differs from what was expected.

@@ -18,7 +18,20 @@ import torch.distributed as dist
 from . import _C
 from .errors import PipelineError, PipelineUsageError
 
-_serials: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
+
+@dataclass(slots=True)
+class _GroupStore:
+    """A connection of our own to a group's store, and how many runtimes have used it.
+
+    A look at the failure key must never stand behind somebody's blocking get; but a connection takes long to make, so
+    the group's runtimes share it.
+    """
+
+    store: Any
+    runtimes: int = 0
+
+
+_stores: weakref.WeakKeyDictionary[dist.ProcessGroup, _GroupStore] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +58,15 @@ class Agreement:
     """The store as the ranks of one runtime use it. Runtimes of one group are numbered in the order of their making."""
 
     def __init__(self, group: dist.ProcessGroup | None, deadline: float) -> None:
-        process_group = group_or_world(group)
-        serial = _serials.get(process_group, 0)
-        _serials[process_group] = serial + 1
-        self.serial = serial
+        shared = _group_store(group_or_world(group))
+        self.serial = shared.runtimes
+        shared.runtimes += 1
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
-        self._prefix = f"pp_runtime/{serial}"
-        store: Any = dist.distributed_c10d._get_process_group_store(process_group)
-        # A clone has a connection of its own: a look at the failure key never stands behind somebody's blocking get.
-        self._store = store.clone()
+        self._prefix = f"pp_runtime/{self.serial}"
+        self._store = shared.store
         self._deadline = deadline
-        self.watch = _C.Watch(store.clone(), f"{self._prefix}/failure", deadline)
+        self.watch = _C.Watch(shared.store, f"{self._prefix}/failure", deadline)
 
     def exchange(self, topic: str, own: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Every rank's word on the topic, in rank order. Raises where a rank failed before it said anything."""
@@ -84,6 +94,13 @@ class Agreement:
                 "call step() on every rank of the group",
                 rank=rank,
             )
+
+
+def _group_store(group: dist.ProcessGroup) -> _GroupStore:
+    if group not in _stores:
+        store: Any = dist.distributed_c10d._get_process_group_store(group)
+        _stores[group] = _GroupStore(store.clone())
+    return _stores[group]
 
 
 def check_claims(claims: list[Claim]) -> None:

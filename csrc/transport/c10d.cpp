@@ -52,12 +52,8 @@ std::vector<at::Tensor> unpack(const at::Tensor& buffer, const MessageSpec& spec
   for (const TensorSpec& tensor : spec.tensors) {
     if (!tensor.defined) {
       tensors.emplace_back();
-    } else if (tensor.bytes == 0) {
-      tensors.push_back(at::empty(tensor.sizes, buffer.options().dtype(tensor.dtype)));
     } else {
-      tensors.push_back(at::from_blob(
-          data(buffer) + payload_at + tensor.offset, tensor.sizes, [buffer](void*) {},
-          buffer.options().dtype(tensor.dtype)));
+      tensors.push_back(tensor.view(data(buffer) + payload_at, [buffer](void*) {}, buffer.options()));
     }
   }
   return tensors;

@@ -258,11 +258,8 @@ Message SharedReceiveChannel::receive() {
     message.requires_grad.push_back(static_cast<uint8_t>(tensor.requires_grad));
     if (!tensor.defined) {
       message.tensors.emplace_back();
-    } else if (tensor.bytes == 0) {
-      message.tensors.push_back(at::empty(tensor.sizes, at::TensorOptions(tensor.dtype)));
     } else {
-      at::Tensor view = at::from_blob(
-          bytes + payload_at + tensor.offset, tensor.sizes, [lease](void*) {}, at::TensorOptions(tensor.dtype));
+      at::Tensor view = tensor.view(bytes + payload_at, [lease](void*) {}, at::TensorOptions());
       message.tensors.push_back(move_out ? view.clone() : std::move(view));
     }
   }
