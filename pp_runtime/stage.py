@@ -221,7 +221,8 @@ class _PipelineStage(_PipelineStageBase):
         self._wiring = stage_wiring(pipe_info, stage_index)
         self.pipe_info = pipe_info
         super().__init__(self._wiring.wrap(stage_module), stage_index, pipe_info.num_stages, device, group)
-        self.submod.to(self.device)
+        if not any(tensor.is_meta for tensor in (*self.submod.parameters(), *self.submod.buffers())):
+            self.submod.to(self.device)
 
     @property
     def wiring(self) -> StageWiring | None:
