@@ -32,7 +32,7 @@ class RanksFailed(AssertionError):
 class _Task:
     rank: int
     ranks: int
-    port: int
+    store: str  # a file: connecting to a TCPStore can take seconds where names are resolved slowly
     backend: str
     timeout: float
     log: str
@@ -54,14 +54,11 @@ def run(
     one call to the next. ``fn`` lives at a module's top level and returns something picklable. Ranks in ``deaths``
     are meant to die; their result is None. Past ``timeout`` seconds all are killed, their stacks shown.
     """
-    from torch.distributed import TCPStore
-
     __tracebackhide__ = True
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     call = pickle.dumps((fn, kwargs))
     with tempfile.TemporaryDirectory(prefix="pp-ranks-") as folder:
         members = [
-            _Member(_Task(rank, ranks, store.port, backend, timeout, f"{folder}/rank{rank}.log", call))
+            _Member(_Task(rank, ranks, f"{folder}/store", backend, timeout, f"{folder}/rank{rank}.log", call))
             for rank in range(ranks)
         ]
         try:
@@ -206,7 +203,7 @@ def _call(task: _Task) -> Any:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a container's host name need not resolve
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    store = dist.TCPStore("127.0.0.1", task.port, timeout=datetime.timedelta(seconds=task.timeout))
+    store = dist.FileStore(task.store, task.ranks)
     limit = datetime.timedelta(seconds=max(task.timeout, 1.0))
     dist.init_process_group(task.backend, store=store, rank=task.rank, world_size=task.ranks, timeout=limit)
     fn, kwargs = pickle.loads(task.call)

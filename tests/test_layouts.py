@@ -77,7 +77,8 @@ class Taker(nn.Module):
 
     def forward(self, x: Tensor, payload: Tensor) -> Tensor:
         self.seen.append(payload.detach().clone())
-        weights = torch.arange(1.0, payload.numel() + 1).view(payload.shape)
+        payload = payload.contiguous()  # a sum of strided values is rounded otherwise
+        weights = torch.arange(1.0, payload.numel() + 1).view(payload.shape) / max(1, payload.numel())
         value = payload if payload.is_complex() else payload.to(torch.promote_types(payload.dtype, torch.float32))
         return self.linear(x) + (value * weights).sum().abs().float() / 100
 
