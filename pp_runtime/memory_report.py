@@ -131,14 +131,14 @@ def _rank_memory(
     actions: Sequence[Action],
     torch_keeps_sent: bool,
 ) -> RankMemory:
+    trained = {stage for stage, kind, _, _ in leaves(actions) if kind is FULL_BACKWARD or kind is BACKWARD_WEIGHT}
     slots = {False: Amount(), True: Amount()}
     for channel, credits in room.items():
-        if channel.receiver == rank:
+        if channel.receiver == rank and (channel.source in trained or not channel.backward):
             load = loads[Edge(channel.source, channel.destination)]
             slots[channel.backward] += Amount(
                 credits, credits * (load.gradient if channel.backward else load.activation)
             )
-    trained = {stage for stage, kind, _, _ in leaves(actions) if kind is FULL_BACKWARD or kind is BACKWARD_WEIGHT}
     held = {stage for stage, holder in enumerate(plan.placement) if holder == rank}
     buffers = sent = Amount()
     for edge in plan.wiring.edges:
