@@ -18,7 +18,7 @@ from tests.reference import Batch
 MODELS = models.MODELS | hard_models.MODELS
 
 ONE_STAGE = ["GPipe", "1F1B"] + ([] if api.IS_TORCH else ["ZB1P", "ZB2P"])
-LOOPED = ["LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble"]
+LOOPED = ["LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble"] + ([] if api.IS_TORCH else ["Auto"])
 V_SHAPED = ["ZBVZeroBubble", "DualPipeV"] + ([] if api.IS_TORCH else ["VHalf", "VMin"])
 EVERY_SCHEDULE = ONE_STAGE + LOOPED + V_SHAPED
 SPLITTING = [name for name in EVERY_SCHEDULE if name not in ("GPipe", "1F1B", "LoopedBFS", "Interleaved1F1B")]
