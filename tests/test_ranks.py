@@ -60,7 +60,10 @@ def test_results_come_in_rank_order_and_ranks_share_a_group(count: int) -> None:
     assert ranks.run(_sum_of_ranks, count, offset=10) == [(rank, total) for rank in range(count)]
 
 
-def test_a_failing_rank_is_shown_with_traceback_and_output_and_ends_the_waiting_one() -> None:
+def test_a_failing_rank_is_shown_with_traceback_and_output_and_ends_the_waiting_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ranks, "GRACE_AFTER_FAILURE", 1.0)
     start = time.monotonic()
     with pytest.raises(ranks.RanksFailed) as failure:
         ranks.run(_fail_on_one, 2, timeout=50)
