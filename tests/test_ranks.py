@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -105,14 +106,15 @@ def test_a_killed_test_run_takes_its_ranks_with_it(tmp_path: Path) -> None:
         "if __name__ == '__main__':\n"
         f"    ranks.run(test_ranks._sleep_and_leave_a_child, 1, timeout=600, note={str(tmp_path)!r})\n"
     )
-    run = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
-    limit = time.monotonic() + 60
-    while not (notes := [note.read_text() for note in tmp_path.iterdir()]) or not notes[0]:
-        assert time.monotonic() < limit and run.poll() is None
-        time.sleep(0.05)
-    run.kill()
-    run.wait()
-    pids = [int(pid) for pid in notes[0].split()]
-    while any(map(_alive, pids)) and time.monotonic() < limit:
-        time.sleep(0.05)
+    with tempfile.TemporaryDirectory() as folder:  # a killed process cannot remove its own
+        run = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"TMPDIR": folder})
+        limit = time.monotonic() + 60
+        while not (notes := [note.read_text() for note in tmp_path.iterdir()]) or not notes[0]:
+            assert time.monotonic() < limit and run.poll() is None
+            time.sleep(0.05)
+        run.kill()
+        run.wait()
+        pids = [int(pid) for pid in notes[0].split()]
+        while any(map(_alive, pids)) and time.monotonic() < limit:
+            time.sleep(0.05)
     assert not any(map(_alive, pids))
