@@ -55,12 +55,11 @@ class Runtime:
         has_backward: bool = True,
         with_comms: bool = False,
         custom_functions: Mapping[ActionType, Callable[..., None]] | None = None,
-        schedule: object = None,
+        rebuild_order: Callable[[], Order] | None = None,
     ) -> None:
         self._stages = sorted(stages, key=lambda stage: stage.stage_index)
         self._loss_fn = loss_fn
         self._has_backward = has_backward
-        self._schedule = schedule
         self._rank = stages[0].group_rank
         self._group = stages[0].group
         self._plan = Plan(
@@ -70,10 +69,10 @@ class Runtime:
             Wiring.of(self._stages),
             has_backward=has_backward,
             with_comms=with_comms,
+            rebuild_order=rebuild_order,
         )
         self._handlers = handlers_of(self._stages, custom_functions or {})
         self._agreement: Agreement | None = None
-        self._open_channels: OpenChannels | None = None
         self._executors: dict[bool, _C.Executor] = {}
         self._step = 0
         self._over = False
@@ -99,7 +98,8 @@ class Runtime:
         try:
             if measuring:
                 self._set_meter(Meter())
-            executor = self._last = self._executor(training, self._begin())
+            self._begin()
+            executor = self._last = self._executors[training]
             executor.run(
                 self._step, arg_mbs, kwarg_mbs, target_mbs, self._loss_fn, loss_kwargs, training, return_outputs
             )
@@ -168,29 +168,33 @@ class Runtime:
 
     # Beginning and end
 
-    def _begin(self) -> OpenChannels:
+    def _begin(self) -> None:
         if self._over:
             raise PipelineModeError("an earlier step of this schedule failed: make a new schedule")
-        if self._open_channels is None:
-            self._open_channels = self._open()
+        if not self._executors:
+            self._open()
         for stage in self._stages:
             stage.refresh()
-        return self._open_channels
 
-    def _open(self) -> OpenChannels:
+    def _open(self) -> None:
         if self._agreement is None:
             self._agreement = Agreement(self._group, _deadline())
         self._check_claims(self._agreement)
+        programs = {
+            training: self._plan.lower(self._rank, training=training, handlers=self._handlers)
+            for training in {self._has_backward, False}
+        }
         # The training program's channels serve evaluations too: those use some of them.
-        lowered = self._lowered(training=self._has_backward)
-        return open_channels(
+        channels = open_channels(
             self._agreement,
             self._group,
             self._stages[0].device,
-            lowered.send_channels,
-            lowered.receive_channels,
+            programs[self._has_backward].send_channels,
+            programs[self._has_backward].receive_channels,
             self._plan.credits(),
         )
+        self._executors = {training: self._build(lowered, channels) for training, lowered in programs.items()}
+        self._plan.release()
 
     def _check_claims(self, agreement: Agreement) -> None:
         plan = self._plan
@@ -209,14 +213,6 @@ class Runtime:
                 for word in words
             ]
         )
-
-    def _lowered(self, *, training: bool) -> Lowered:
-        return self._plan.lower(self._rank, training=training, handlers=self._handlers)
-
-    def _executor(self, training: bool, channels: OpenChannels) -> _C.Executor:
-        if training not in self._executors:
-            self._executors[training] = self._build(self._lowered(training=training), channels)
-        return self._executors[training]
 
     def _build(self, lowered: Lowered, channels: OpenChannels) -> _C.Executor:
         executor = _C.Executor(

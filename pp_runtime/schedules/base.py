@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from abc import ABC
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -148,6 +147,7 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
             self._end_custom_step()
             if runtime.over():
                 self._runtime = None  # a failed step ends its runtime on every rank
+        self._forget_order()
         if not training:
             self._free_gathered_weights()
         elif self.scale_grads and REDUCE_GRAD not in self._comp_type_to_function_map:
@@ -185,8 +185,7 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
                 has_backward=self._loss_fn is not None and self._order_has_backward,
                 with_comms=with_comms,
                 custom_functions=self._handlers(),
-                # Weak, so that a schedule that its user drops is freed at once, with its runtime.
-                schedule=weakref.proxy(self),
+                rebuild_order=self._rebuild,
             )
             self._runtime.record_timeline = self._record_timeline
         return self._runtime
