@@ -19,6 +19,10 @@ namespace pp_runtime {
 
 namespace {
 
+std::chrono::nanoseconds nanoseconds(double seconds) {
+  return std::chrono::nanoseconds(static_cast<int64_t>(seconds * 1'000'000'000));
+}
+
 void raise_with(py::handle kind, const char* what, const char* name, const py::object& value) {
   const py::object error = kind(what);
   error.attr(name) = value;
@@ -81,11 +85,13 @@ void bind_watch(py::module_& m) {
   py::class_<Reporter, std::shared_ptr<Reporter>>(m, "Reporter")
       .def(py::init([](std::shared_ptr<Board> board, c10::intrusive_ptr<c10d::Store> store, std::string key,
                        double patience_seconds) {
-             return std::make_shared<Reporter>(
-                 std::move(board), std::move(store), std::move(key),
-                 std::chrono::nanoseconds(static_cast<int64_t>(patience_seconds * 1'000'000'000)));
+             return std::make_shared<Reporter>(std::move(board), std::move(store), std::move(key),
+                                               nanoseconds(patience_seconds));
            }),
-           py::arg("board"), py::arg("store"), py::arg("key"), py::arg("patience_seconds"));
+           py::arg("board"), py::arg("store"), py::arg("key"), py::arg("patience_seconds"))
+      .def(
+          "set_patience", [](Reporter& reporter, double seconds) { reporter.set_patience(nanoseconds(seconds)); },
+          py::arg("seconds"));
 }
 
 void bind_transport(py::module_& m) {

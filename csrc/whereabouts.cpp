@@ -106,14 +106,23 @@ Reporter::~Reporter() {
   thread_.join();
 }
 
+void Reporter::set_patience(std::chrono::nanoseconds patience) {
+  {
+    const std::lock_guard lock(mutex_);
+    patience_ = patience;
+  }
+  changed_.notify_all();
+}
+
 void Reporter::run() {
   constexpr std::chrono::nanoseconds kNothing{-1};
   std::chrono::nanoseconds reported = kNothing;
   std::unique_lock lock(mutex_);
-  while (!changed_.wait_for(lock, patience_ / 2, [this] { return stopping_; })) {
+  for (; !stopping_; changed_.wait_for(lock, patience_ / 2)) {
+    const std::chrono::nanoseconds patience = patience_;
     lock.unlock();
     const Whereabouts now_at = board_->read_own();
-    const bool long_there = std::chrono::steady_clock::now().time_since_epoch() - now_at.since > patience_;
+    const bool long_there = std::chrono::steady_clock::now().time_since_epoch() - now_at.since > patience;
     try {
       if (long_there && reported != now_at.since) {
         report(&now_at);

@@ -82,6 +82,8 @@ class Reporter {
   Reporter& operator=(const Reporter&) = delete;
   ~Reporter();
 
+  void set_patience(std::chrono::nanoseconds patience);
+
  private:
   void run();
   void report(const Whereabouts* whereabouts);

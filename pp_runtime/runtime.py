@@ -127,6 +127,8 @@ class Runtime:
         self._deadline = checked_deadline(seconds, "deadline")
         if self._agreement is not None:
             self._agreement.deadline = seconds
+        if self._open_channels is not None and self._open_channels.lookout is not None:
+            self._open_channels.lookout.deadline_changed()
 
     # Timeline
 

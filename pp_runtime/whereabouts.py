@@ -98,6 +98,11 @@ class Lookout:
             return Whereabouts(operation, stage, microbatch, peer, other_stage, seconds, text)
         return _from_report(self._agreement.report_of(rank))
 
+    def deadline_changed(self) -> None:
+        """Have this rank's reporter speak in time for the agreement's new deadline."""
+        if self._reporter is not None:
+            self._reporter.set_patience(_patience(self._agreement.deadline))
+
     def own(self) -> Whereabouts:
         """Where this rank is."""
         return self.find(self._agreement.rank) or Whereabouts()
