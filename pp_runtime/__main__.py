@@ -1,4 +1,4 @@
-"""The command line: show, compare, verify, simulate and convert orders."""
+"""The command line: show, compare, verify, simulate and convert orders, and say what memory they take."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from .comparison import compare
 from .costs import Costs
 from .csv_files import dump_order, load_order
 from .html_page import write_html
 from .ir import Action, Order, Placement, from_torch_form, leaves, microbatch_count, placement_of, to_torch_form
+from .memory_report import loads_of, plan_memory
 from .network import has_communication
 from .passes.communication import insert_communication
 from .passes.data_parallel import insert_reduce_grad, insert_unshard
+from .passes.edges import adjacent_edges
+from .plan import Plan, Wiring
 from .schedules.auto import auto
 from .schedules.catalogue import ORDERS, build_order
 from .simulate import Simulation, simulate
@@ -40,18 +45,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show(options: argparse.Namespace) -> None:
-    name = _schedule_name(options.schedule)
-    stages = options.stages or options.ranks * _fewest_stages(name)
-    costs = _costs(options)
-    order: Order
-    if name == "Auto":
-        order = auto(options.ranks, stages, options.microbatches, costs, options.cap)
-    else:
-        order, _ = build_order(name, options.ranks, stages, options.microbatches)
-    title = f"{name}, {options.ranks} ranks, {stages} stages, {options.microbatches} microbatches"
-    _present(simulate(order, costs), title, options)
+    order, title = _named_order(options)
+    _present(simulate(order, _costs(options)), title, options)
     if options.csv:
         dump_order(options.csv, to_torch_form(order))
+
+
+def _named_order(options: argparse.Namespace) -> tuple[Order, str]:
+    """The order of the schedule that the command line names, and its title."""
+    name = _schedule_name(options.schedule)
+    stages = options.stages or options.ranks * _fewest_stages(name)
+    if name == "Auto":
+        order: Order = auto(options.ranks, stages, options.microbatches, _costs(options), options.cap)
+    else:
+        order, _ = build_order(name, options.ranks, stages, options.microbatches)
+    return order, f"{name}, {options.ranks} ranks, {stages} stages, {options.microbatches} microbatches"
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -66,6 +74,19 @@ def _compare(options: argparse.Namespace) -> None:
             with_auto=not options.no_auto,
         ).table()
     )
+
+
+def _memory(options: argparse.Namespace) -> None:
+    dtype = getattr(torch, options.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"'{options.dtype}' is not a dtype of torch; one is bfloat16.")
+    order, title = _named_order(options)
+    placement = placement_of(order)
+    wiring = Wiring(adjacent_edges(len(placement)), {})
+    plan = Plan(order, placement, options.microbatches, wiring, has_backward=not _is_forward_only(order))
+    tensors = [torch.empty(shape, dtype=dtype, device="meta") for shape in options.shape]
+    print(title)
+    print(plan_memory(plan, loads_of(tensors, wiring.edges), torch_keeps_sent=not title.startswith("1F1B")))
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -161,6 +182,10 @@ def _costs(options: argparse.Namespace) -> Costs:
     return Costs()
 
 
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split(","))
+
+
 def _schedule_name(text: str) -> str:
     """The name as the catalogue has it, whatever its case and with or without "Schedule" before it."""
     names = {name.lower(): name for name in (*ORDERS, "Auto")}
@@ -190,6 +215,14 @@ def _parser() -> argparse.ArgumentParser:
         "--cap", type=float, help="leave out what keeps more activations than this, as the table counts"
     )
     comparing.add_argument("--no-auto", action="store_true", help="named schedules only")
+    remembering = _command(commands, "memory", _memory, "say what memory a schedule's messages take on each rank")
+    remembering.add_argument("schedule", help=f"one of {', '.join(ORDERS)}, Auto")
+    _add_setting(remembering)
+    remembering.add_argument("--cap", type=int, help="Auto: as for show")
+    remembering.add_argument(
+        "--shape", type=_shape, nargs="+", required=True, help="of each tensor that one microbatch sends: 4,512,1024"
+    )
+    remembering.add_argument("--dtype", default="float32", help="of those tensors (float32)")
     checking = _command(commands, "verify", _verify, "check the order in a CSV file")
     _add_file(checking)
     playing = _command(commands, "simulate", _simulate, "check, simulate and draw the order in a CSV file")

@@ -18,6 +18,7 @@ from .errors import PipelineModeError
 from .failures import FailureRecord
 from .ir import ActionType, Order, Placement
 from .lowering import Lowered
+from .memory_report import MemoryReport, Meter, Signature, loads_of, plan_memory
 from .plan import Plan, Wiring, handlers_of
 from .timeline import Timeline
 
@@ -77,6 +78,7 @@ class Runtime:
         self._recording = False
         self._deadline = default_deadline()
         self._last: _C.Executor | None = None
+        self._meter: Meter | None = None
 
     # Steps
 
@@ -92,13 +94,19 @@ class Runtime:
     ) -> StepResult:
         """Run every microbatch through this rank's part of the order. Raises what failed first, on whichever rank."""
         executor = None
+        measuring = self._meter is None and training is self._has_backward
         try:
+            if measuring:
+                self._set_meter(Meter())
             executor = self._last = self._executor(training, self._begin())
             executor.run(
                 self._step, arg_mbs, kwarg_mbs, target_mbs, self._loss_fn, loss_kwargs, training, return_outputs
             )
         except BaseException as error:
             raise self._end(error, executor) from error.__cause__
+        finally:
+            if measuring:
+                self._set_meter(None)
         self._step += 1
         holds_last = any(stage.is_last for stage in self._stages)
         outputs, losses = executor.take_outputs(), executor.take_losses()
@@ -147,6 +155,28 @@ class Runtime:
         """What this rank did in its last step."""
         records = [] if self._last is None else self._last.take_trace()
         return Timeline.from_records(self._rank, [record for record in records if "HAND_" not in record[0]])
+
+    # Memory
+
+    def memory_report(self, signature: Signature | None = None, *, torch_keeps_sent: bool = True) -> MemoryReport:
+        """What the messages of a step take: on every rank for a signature, or on this one as the first step had it."""
+        plan = self._plan
+        if signature is not None:
+            return plan_memory(plan, loads_of(signature, plan.wiring.edges), torch_keeps_sent=torch_keeps_sent)
+        if self._meter is None:
+            raise PipelineModeError(
+                "no step was measured yet: give memory_report the tensors that one microbatch sends from stage to "
+                "stage, or call it after the first step"
+            )
+        loads = self._meter.loads(plan.wiring, self._stages)
+        return plan_memory(plan, loads, [self._rank], torch_keeps_sent=torch_keeps_sent)
+
+    def _set_meter(self, meter: Meter | None) -> None:
+        """Measure what the stages take and give, from now on or no more; it costs, so one step does it."""
+        self._meter = meter or self._meter
+        for stage in self._stages:
+            stage._meter = meter
+            stage.refresh()
 
     # Beginning and end
 

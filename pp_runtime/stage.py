@@ -15,6 +15,7 @@ from .errors import PipelineModeError, PipelineTypeError, PipelineUsageError
 from .payload import flatten_output, rebuild_args, tensors_and_structure
 
 if TYPE_CHECKING:
+    from .memory_report import Meter
     from .topology import StageWiring
 
 __all__ = ["PipelineStage", "build_stage"]
@@ -61,6 +62,7 @@ class _PipelineStageBase:
         self.log_prefix = f"[Stage {stage_index}]"
         self.stage_index_to_group_rank = {stage: stage % self.group_size for stage in range(num_stages)}
         self._adapted: tuple[torch.nn.Module, DataParallelAdapter | None] | None = None
+        self._meter: Meter | None = None
         self._core = _C.Stage(stage_index, self.is_first, self.is_last, self._callbacks())
 
     @property
@@ -87,16 +89,17 @@ class _PipelineStageBase:
         return self._adapted[1]
 
     def refresh(self) -> None:
-        """Let the runtime see a ``submod`` or ``dw_builder`` that was replaced."""
-        if self._known != (self.submod, self.dw_builder):
+        """Let the runtime see a ``submod``, ``dw_builder`` or meter that was replaced."""
+        if self._known != (self.submod, self.dw_builder, self._meter):
             self._core.set_callbacks(self._callbacks())
 
     def _callbacks(self) -> _C.StageCallbacks:
         # The callbacks hold the module and not the stage: the garbage collector does not see into the runtime.
-        self._known = (self.submod, self.dw_builder)
+        self._known = (self.submod, self.dw_builder, self._meter)
         adapter = self.adapter()
+        forward = self.submod if adapter is None else _in_context(self.submod, adapter)
         return _C.StageCallbacks(
-            forward=self.submod if adapter is None else _in_context(self.submod, adapter),
+            forward=forward if self._meter is None else self._meter.around(self.stage_index, forward),
             flatten=flatten_output(self.stage_index),
             unflatten=rebuild_args(self.stage_index),
             before_backward=None if adapter is None else adapter.before_backward,

@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests import api, models, reference
+from tests import api, hard_models, models, reference
 from tests.reference import Batch
 
+MODELS = models.MODELS | hard_models.MODELS
+
 ONE_STAGE = ["GPipe", "1F1B"] + ([] if api.IS_TORCH else ["ZB1P", "ZB2P"])
-LOOPED = ["LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble"]
+LOOPED = ["LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble"] + ([] if api.IS_TORCH else ["Auto"])
 V_SHAPED = ["ZBVZeroBubble", "DualPipeV"] + ([] if api.IS_TORCH else ["VHalf", "VMin"])
 EVERY_SCHEDULE = ONE_STAGE + LOOPED + V_SHAPED
 SPLITTING = [name for name in EVERY_SCHEDULE if name not in ("GPipe", "1F1B", "LoopedBFS", "Interleaved1F1B")]
@@ -115,7 +117,7 @@ class Twins:
         ranks = dist.get_world_size(group)
         owners = owners or placement(setting.schedule, ranks, setting.stages_per_rank)
         self.setting, self.num_stages = setting, len(owners)
-        self.example = models.build(setting.model, self.num_stages)
+        self.example = models.build(MODELS[setting.model], self.num_stages)
         self.scale = schedule_options.get("scale_grads", True)
         piped = copy.deepcopy(self.example.stages)
         self.plain = nn.ModuleList(self.example.stages)

@@ -49,7 +49,7 @@ class _Parallel:
         self.replica, place = mesh.get_coordinate()
         stages_per_rank = stages_allowed(schedule, 2)[-1]
         self.num_stages = 2 * stages_per_rank
-        self.example = models.build(model, self.num_stages)
+        self.example = models.build(models.MODELS[model], self.num_stages)
         piped = copy.deepcopy(self.example.stages)
         held = held_by(place, schedule, 2, stages_per_rank)
         self.modules = {index: _wrap(kind, piped[index], mesh["dp"]) for index in held}

@@ -1,9 +1,11 @@
 """Every schedule trains as the unpipelined model does: any ranks, stages a rank and microbatches that it allows."""
 
+from typing import Any
+
 import pytest
 
 from tests import api, models, ranks
-from tests.pipelines import EVERY_SCHEDULE, LOOPED, SPLITTING, V_SHAPED, Setting, compare_all, stages_allowed
+from tests.pipelines import EVERY_SCHEDULE, LOOPED, SPLITTING, V_SHAPED, Setting, Twins, compare_all, stages_allowed
 
 
 def _counts(count: int) -> list[int]:
@@ -34,3 +36,20 @@ def test_equals_the_plain_model_whatever_the_stages(schedule: str) -> None:
         if not (api.IS_TORCH and schedule in SPLITTING and model == "frozen")  # torch leaves gradients out
     ]
     ranks.run(compare_all, 2, settings=settings)
+
+
+def _search(rank: int, options: list[dict[str, Any]]) -> list[str]:
+    """Searched orders under a cap of memory and on a V-shaped placement."""
+    found = []
+    for given in options:
+        owners = given.get("placement")
+        twins = Twins(rank, Setting("Auto", 5, 2), owners=owners, **given)
+        for number in range(2):
+            found += [f"{given}: {line}" for line in twins.train(f"step {number}", twins.example.batch(10, number))]
+    return found
+
+
+@api.ours_only("searches for no order")
+def test_a_searched_order_equals_the_plain_model() -> None:
+    options = [{"memory_cap": 4}, {"placement": (0, 1, 1, 0)}, {"placement": (0, 1, 1, 0), "memory_cap": 3}]
+    assert ranks.run(_search, 2, options=options) == [[], []]

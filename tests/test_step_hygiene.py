@@ -189,32 +189,43 @@ def test_what_the_user_keeps_is_never_written_over(schedule: str, stages_per_ran
 
 
 class Plain(nn.Module):
-    """A linear layer, whose output autograd does not need, that counts how many of its outputs have storage left."""
+    """A linear layer, whose output autograd does not need; it counts how many inputs and outputs have storage left."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.outputs, self.peak = nn.Linear(WIDTH, WIDTH), list[StorageWeakRef](), 0
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.inputs, self.outputs = list[StorageWeakRef](), list[StorageWeakRef]()
+        self.most_inputs = self.most_outputs = 0
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
-        self.peak = max(self.peak, sum(not output.expired() for output in self.outputs))
+        self.most_inputs = max(self.most_inputs, _distinct(self.inputs))
+        self.most_outputs = max(self.most_outputs, _distinct(self.outputs))
+        self.inputs.append(StorageWeakRef(x.untyped_storage()))
         self.outputs.append(StorageWeakRef(y.untyped_storage()))
         return y
 
 
-def _peak_of_outputs(rank: int, microbatches: int) -> int:
+def _distinct(storages: list[StorageWeakRef]) -> int:
+    return len({storage.cdata for storage in storages if not storage.expired()})
+
+
+def _most_alive(rank: int, microbatches: int) -> tuple[int, int]:
     module = Plain()
     stages = make_stages({rank: module}, RANKS)
     schedule = make_schedule("1F1B", stages, microbatches, nn.functional.mse_loss)
     for number in range(2):
         step(schedule, stages, rows_of_floats(microbatches, number), return_outputs=False)
-    return module.peak
+    return (module.most_inputs if rank else 0), module.most_outputs
 
 
-@api.ours_only("keeps every sent output until the step ends")
-def test_outputs_are_freed_as_they_are_sent_however_many_microbatches_there_are() -> None:
-    short, long = (ranks.run(_peak_of_outputs, RANKS, microbatches=count) for count in (8, 40))
-    assert max(long) <= max(short) + 1, f"{short} live outputs with 8 microbatches, {long} with 40"
+@api.ours_only("keeps a buffer a microbatch, and every sent output until the step ends")
+def test_memory_does_not_grow_with_the_number_of_microbatches() -> None:
+    short, long = (ranks.run(_most_alive, RANKS, microbatches=count) for count in (8, 40))
+    for rank in range(RANKS):
+        for few, many in zip(short[rank], long[rank], strict=True):
+            assert many <= few + 1, f"inputs and outputs alive: {short} with 8 microbatches, {long} with 40"
+            assert many <= RANKS + 2, f"inputs and outputs alive: {long}"
 
 
 def _make_on_one_rank_only(rank: int, schedule: str) -> None:

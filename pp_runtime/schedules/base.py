@@ -21,6 +21,7 @@ from pp_runtime.schedules.custom_functions import CustomFunctions
 from pp_runtime.schedules.order_holder import OrderHolder, has_backwards
 
 if TYPE_CHECKING:
+    from pp_runtime.memory_report import MemoryReport, Signature
     from pp_runtime.runtime import Runtime
     from pp_runtime.stage import _PipelineStageBase
     from pp_runtime.timeline import Timeline
@@ -260,3 +261,12 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
         if self._runtime is None:
             raise PipelineModeError("there is no timeline before the first step")
         return self._runtime.timeline()
+
+    def memory_report(self, signature: Signature | None = None) -> MemoryReport:
+        """What the messages of a step take on each rank: slots, bytes, inputs kept, and what torch would hold.
+
+        Before the first step, and without any other rank, ``signature`` says what one microbatch sends from a stage to
+        the next: a tensor, a sequence of them, or a mapping from ``(source, destination)`` to either; tensors on the
+        meta device do. The report is then of all ranks. Without it, it is of this rank, as its first step had it.
+        """
+        return self._ensure_runtime().memory_report(signature, torch_keeps_sent=self._order_name != "1F1B")
