@@ -4,6 +4,7 @@
 #include "stage.h"
 #include "transport/confirmation.h"
 #include "transport/transport.h"
+#include "whereabouts.h"
 
 #include <torch/csrc/utils/pybind.h>
 
@@ -42,7 +43,8 @@ class Executor {
   Executor(const std::vector<int32_t>& program, std::vector<std::shared_ptr<Stage>> stages, std::vector<Edge> edges,
            std::vector<std::shared_ptr<SendChannel>> send_channels,
            std::vector<std::shared_ptr<ReceiveChannel>> receive_channels, std::vector<pybind11::object> callbacks,
-           std::vector<std::string> callback_names, size_t microbatches, std::shared_ptr<Confirmation> confirmation);
+           std::vector<std::string> callback_names, size_t microbatches, std::shared_ptr<Confirmation> confirmation,
+           std::shared_ptr<Board> board);
 
   /// GIL held. The number of this step is the same on every rank: it is part of every message.
   void run(StepInput input, uint64_t step);
@@ -70,6 +72,9 @@ class Executor {
   void execute(const Instruction& instruction);
   void forward(Stage& stage, const Instruction& instruction);
   Message receive(const Instruction& instruction);
+  Activity activity_of(const Instruction& instruction) const;
+  void show_on_board(size_t instruction, int64_t now);
+  void show_on_board(int32_t operation);
 
   std::vector<Instruction> program_;
   std::vector<std::shared_ptr<Stage>> stages_;
@@ -82,6 +87,8 @@ class Executor {
   size_t microbatches_;
   /// Null where this is the only rank.
   std::shared_ptr<Confirmation> confirmation_;
+  std::shared_ptr<Board> board_;
+  std::vector<Activity> activities_;
 
   StepInput input_;
   uint64_t step_ = 0;

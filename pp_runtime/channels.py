@@ -15,6 +15,7 @@ from . import _C
 from .agreement import Agreement, group_or_world
 from .errors import PipelineUsageError
 from .lowering import Channel
+from .whereabouts import Lookout
 
 TRANSPORTS = ("auto", "shared_memory", "c10d")
 
@@ -29,11 +30,15 @@ _TAGS_A_RUNTIME = 4 * _MOST_STAGES * _MOST_STAGES
 
 @dataclass(frozen=True, slots=True)
 class OpenChannels:
-    """The ends of this rank's channels, and how the ranks confirm the end of a step; None where there is one rank."""
+    """The ends of this rank's channels, how the ranks confirm the end of a step, and where each shows what it does.
+
+    Without other ranks there is nobody to confirm it with or to show it to.
+    """
 
     senders: dict[Channel, _C.SendChannel]
     receivers: dict[Channel, _C.ReceiveChannel]
     confirmation: _C.Confirmation | None
+    lookout: Lookout | None
 
 
 def chosen_transport() -> str:
@@ -54,7 +59,7 @@ def open_channels(
 ) -> OpenChannels:
     """Open both tables of channels. Every rank of the group must call it, at the same point."""
     if agreement.size == 1:
-        return OpenChannels({}, {}, None)
+        return OpenChannels({}, {}, None, None)
     chosen = chosen_transport()
     may_share = device.type == "cpu" and chosen != "c10d"
     token = secrets.randbits(63)
@@ -65,6 +70,7 @@ def open_channels(
         if may_share
     }
     bells = _C.SharedConfirmation.make(agreement.size) if may_share and agreement.rank == 0 else None
+    board = _C.Board.make(agreement.size) if may_share and agreement.rank == 0 else None
     words = agreement.exchange(
         "offer",
         {
@@ -72,6 +78,7 @@ def open_channels(
             "token": str(token),
             "fd": visible.fd if visible is not None else -1,
             "bells": bells.fd if bells is not None else -1,
+            "board": board.fd if board is not None else -1,
             "cores": sorted(os.sched_getaffinity(0)),
             "threads": torch.get_num_threads(),
             "channels": {_key(channel): sender.fd for channel, sender in offered.items()},
@@ -107,13 +114,23 @@ def open_channels(
     def confirmation() -> _C.Confirmation:
         if c10d is not None and not everybody_shares:
             return c10d.confirmation(agreement.size, agreement.rank)
-        pids = [word["pid"] for word in words]
-        return _C.SharedConfirmation(pids[0], words[0]["bells"], pids, agreement.rank, agreement.watch, spin)
+        return _C.SharedConfirmation(
+            words[0]["pid"], words[0]["bells"], agreement.size, agreement.rank, agreement.watch, spin
+        )
+
+    def lookout() -> Lookout:
+        segment = (
+            _C.Board.open(words[0]["pid"], words[0]["board"], agreement.size)
+            if everybody_shares
+            else _C.Board.make(agreement.size)
+        )
+        return Lookout(agreement, _C.Board(segment, agreement.size, agreement.rank), shared=everybody_shares)
 
     opened = OpenChannels(
         {channel: sender(channel) for channel in senders},
         {channel: receiver(channel) for channel in receivers},
         confirmation(),
+        lookout(),
     )
     # The token and the offers must live until every peer has opened them.
     agreement.exchange("opened", {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,9 @@ import torch
 from . import _C
 from .agreement import Agreement, Claim, check_claims
 from .channels import OpenChannels, open_channels
-from .errors import PipelineError, PipelineModeError
+from .deadline import checked_deadline, default_deadline
+from .endings import end_of_step
+from .errors import PipelineModeError
 from .failures import FailureRecord
 from .ir import ActionType, Order, Placement
 from .lowering import Lowered
@@ -23,9 +24,6 @@ from .timeline import Timeline
 
 if TYPE_CHECKING:
     from .stage import _PipelineStageBase
-
-# Seconds that a rank waits for another before it gives up and names it.
-DEFAULT_DEADLINE = 1800.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +75,7 @@ class Runtime:
         self._step = 0
         self._over = False
         self._recording = False
+        self._deadline = default_deadline()
         self._last: _C.Executor | None = None
         self._meter: Meter | None = None
 
@@ -119,12 +118,25 @@ class Runtime:
         """Tell the other ranks that this one cannot take part in the step, and why."""
         self._over = True
         if self._agreement is None:
-            self._agreement = Agreement(self._group, _deadline())
+            self._agreement = Agreement(self._group, self._deadline)
         self._agreement.watch.publish(FailureRecord.of(error, self._rank).to_text())
 
     def over(self) -> bool:
         """Whether a failure ended this runtime."""
         return self._over
+
+    @property
+    def deadline(self) -> float:
+        """Seconds that this rank waits for another before it raises an error that says who waits for whom."""
+        return self._deadline
+
+    @deadline.setter
+    def deadline(self, seconds: float) -> None:
+        self._deadline = checked_deadline(seconds, "deadline")
+        if self._agreement is not None:
+            self._agreement.deadline = seconds
+        if self._open_channels is not None and self._open_channels.lookout is not None:
+            self._open_channels.lookout.deadline_changed()
 
     # Timeline
 
@@ -178,7 +190,7 @@ class Runtime:
 
     def _open(self) -> None:
         if self._agreement is None:
-            self._agreement = Agreement(self._group, _deadline())
+            self._agreement = Agreement(self._group, self._deadline)
         self._check_claims(self._agreement)
         programs = {
             training: self._plan.lower(self._rank, training=training, handlers=self._handlers)
@@ -225,6 +237,7 @@ class Runtime:
             lowered.callback_names,
             self._plan.num_microbatches,
             channels.confirmation,
+            None if channels.lookout is None else channels.lookout.board,
         )
         executor.set_recording(self._recording)
         return executor
@@ -232,25 +245,14 @@ class Runtime:
     def _end(self, error: BaseException, executor: _C.Executor | None) -> BaseException:
         """What to raise for an error on this rank, after every other rank was told of it."""
         self._over = True
-        place = _place(executor)
+        lookout = self._open_channels.lookout if self._open_channels is not None else None
+        raised = end_of_step(error, _place(executor), self._agreement, lookout)
         if executor is not None:
             executor.clear()
             # Some microbatches' gradients are in and others are not, so none are left for an optimizer to use.
             for stage in self._stages:
                 stage.submod.zero_grad(set_to_none=True)
-        waiting_for = place.get("action", "the other ranks")
-        if isinstance(error, _C.PeerFailed):
-            return FailureRecord.from_text(str(error)).error(waiting_for)
-        if self._agreement is None:
-            return error
-        own = FailureRecord.of(error, self._rank, **place)
-        standing = FailureRecord.from_text(self._agreement.watch.publish(own.to_text()))
-        if isinstance(error, (_C.PeerLost, _C.WaitedTooLong)):
-            return standing.error(waiting_for)
-        if place and not isinstance(error, PipelineError):
-            facts = ", ".join(f"{name} {value}" for name, value in place.items() if value is not None)
-            error.add_note(f"pp_runtime: on rank {self._rank}, {facts}")
-        return error
+        return raised
 
 
 def _place(executor: _C.Executor | None) -> dict[str, Any]:
@@ -264,10 +266,6 @@ def _place(executor: _C.Executor | None) -> dict[str, Any]:
         "microbatch": microbatch if microbatch >= 0 else None,
         "action": executor.text_of(position),
     }
-
-
-def _deadline() -> float:
-    return float(os.environ.get("PP_RUNTIME_DEADLINE", DEFAULT_DEADLINE))
 
 
 def _fingerprint(order: Order) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from pp_runtime.deadline import checked_deadline, default_deadline
 from pp_runtime.errors import PipelineModeError, PipelineTypeError, PipelineUsageError
 from pp_runtime.ir import FORWARD, REDUCE_GRAD
 from pp_runtime.microbatch import TensorChunkSpec
@@ -62,6 +63,7 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
         self._runtime: Runtime | None = None
         self._order_has_backward = True
         self._record_timeline = False
+        self._deadline = default_deadline()
 
     def step(
         self,
@@ -188,6 +190,7 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
                 rebuild_order=self._rebuild,
             )
             self._runtime.record_timeline = self._record_timeline
+            self._runtime.deadline = self._deadline
         return self._runtime
 
     def _order_changed(self) -> None:
@@ -224,6 +227,20 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
             raise PipelineUsageError(
                 "the last stage is on this rank, so the loss needs a target: call step(..., target=...) here"
             )
+
+    @property
+    def deadline(self) -> float:
+        """Seconds that this rank waits in ``step()`` for another before it raises, and says who waits for whom.
+
+        Unless it is set, what the environment variable PP_RUNTIME_DEADLINE says, or half an hour.
+        """
+        return self._deadline
+
+    @deadline.setter
+    def deadline(self, seconds: float) -> None:
+        self._deadline = checked_deadline(seconds, "deadline")
+        if self._runtime is not None:
+            self._runtime.deadline = self._deadline
 
     @property
     def record_timeline(self) -> bool:
