@@ -228,7 +228,7 @@ def _channels_opened(rank: int, transport: str | None, unreachable: int | None =
         _C.Token.matches = staticmethod(lambda pid, fd, value: pid == os.getpid())  # type: ignore[method-assign]
     twins = Twins(rank, Setting("1F1B", 4))
     found = twins.train("step", twins.example.batch(8, 0))
-    opened = twins.schedule._runtime._open_channels
+    opened = twins.schedule._runtime._channels
     return found, sorted({type(end).__name__[:4] for end in (*opened.senders.values(), *opened.receivers.values())})
 
 
