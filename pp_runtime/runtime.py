@@ -71,6 +71,7 @@ class Runtime:
         )
         self._handlers = handlers_of(self._stages, custom_functions or {})
         self._agreement: Agreement | None = None
+        self._channels: OpenChannels | None = None
         self._executors: dict[bool, _C.Executor] = {}
         self._step = 0
         self._over = False
@@ -135,8 +136,8 @@ class Runtime:
         self._deadline = checked_deadline(seconds, "deadline")
         if self._agreement is not None:
             self._agreement.deadline = seconds
-        if self._open_channels is not None and self._open_channels.lookout is not None:
-            self._open_channels.lookout.deadline_changed()
+        if self._channels is not None and self._channels.lookout is not None:
+            self._channels.lookout.deadline_changed()
 
     # Timeline
 
@@ -169,7 +170,9 @@ class Runtime:
                 "stage, or call it after the first step"
             )
         loads = self._meter.loads(plan.wiring, self._stages)
-        return plan_memory(plan, loads, [self._rank], torch_keeps_sent=torch_keeps_sent)
+        report = plan_memory(plan, loads, [self._rank], torch_keeps_sent=torch_keeps_sent)
+        plan.release()
+        return report
 
     def _set_meter(self, meter: Meter | None) -> None:
         """Measure what the stages take and give, from now on or no more; it costs, so one step does it."""
@@ -197,7 +200,7 @@ class Runtime:
             for training in {self._has_backward, False}
         }
         # The training program's channels serve evaluations too: those use some of them.
-        channels = open_channels(
+        self._channels = channels = open_channels(
             self._agreement,
             self._group,
             self._stages[0].device,
@@ -245,7 +248,7 @@ class Runtime:
     def _end(self, error: BaseException, executor: _C.Executor | None) -> BaseException:
         """What to raise for an error on this rank, after every other rank was told of it."""
         self._over = True
-        lookout = self._open_channels.lookout if self._open_channels is not None else None
+        lookout = self._channels.lookout if self._channels is not None else None
         raised = end_of_step(error, _place(executor), self._agreement, lookout)
         if executor is not None:
             executor.clear()
