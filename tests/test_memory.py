@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,12 +47,12 @@ class Watched(nn.Module):
         super().__init__()
         self.linear = nn.Linear(width, width)
         self.inputs, self.outputs, self.gradients = list[int](), list[int](), list[int]()
+        self.linear.weight.register_post_accumulate_grad_hook(self._on_gradient)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
         self.inputs.append(x.data_ptr())
         self.outputs.append(y.data_ptr())
-        self.linear.weight.register_post_accumulate_grad_hook(self._on_gradient)
         return y
 
     def _on_gradient(self, parameter: Tensor) -> None:
@@ -83,6 +82,7 @@ def test_a_neighbour_on_the_same_rank_gets_the_output_itself() -> None:
 def _accumulate(rank: int) -> None:
     modules, _ = _watch(rank)
     for module in modules.values():
+        assert len(module.gradients) == 2 * MICROBATCHES
         assert len(set(module.gradients)) == 1  # the second step's gradients too are added to the first's
 
 
@@ -141,50 +141,38 @@ def test_results_hold_no_graph_and_outputs_nobody_wants_are_not_kept(schedule: s
     ranks.run(_results, RANKS, schedule=schedule, stages_per_rank=stages_per_rank)
 
 
-def _use() -> tuple[int, int, int]:
-    """Memory in KiB, descriptors and threads."""
-    gc.collect()
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmRSS"].split()[0]), len(os.listdir("/proc/self/fd")), int(status["Threads"])
+def _soak(rank: int, schedule: str, transport: str) -> Any:
+    from benchmarks import soak
 
-
-def _soak(rank: int, schedule: str, stages_per_rank: int, transport: str) -> list[tuple[int, int, int]]:
     os.environ["PP_RUNTIME_TRANSPORT"] = transport
-    modules = {index: nn.Linear(64, 64) for index in held_by(rank, schedule, RANKS, stages_per_rank)}
-    stages = make_stages(modules, RANKS * stages_per_rank)
-    pipeline = make_schedule(schedule, stages, 4, nn.functional.mse_loss)
-    found = []
-    for _ in range(2):
-        for number in range(120):
-            rows = 16 if number % 7 else 12
-            step(pipeline, stages, rows_of_floats(rows, number, 64), "eval" if number % 10 == 9 else "step")
-        found.append(_use())
-    return found
+    return soak.soak(schedule, warm_up=120, steps=120)
 
 
 @pytest.mark.parametrize(
-    ("schedule", "stages_per_rank", "transport"),
-    [("1F1B", 1, "shared_memory"), ("ZBVZeroBubble", 2, "shared_memory"), ("Interleaved1F1B", 2, "c10d")],
+    ("schedule", "transport"),
+    [("1F1B", "shared_memory"), ("ZBVZeroBubble", "shared_memory"), ("Interleaved1F1B", "c10d")],
 )
-def test_steps_leave_nothing_behind(schedule: str, stages_per_rank: int, transport: str) -> None:
-    arguments = {"schedule": schedule, "stages_per_rank": stages_per_rank, "transport": transport}
-    for before, after in ranks.run(_soak, RANKS, **arguments):
-        assert after[1:] == before[1:]
-        assert after[0] - before[0] < 2048  # a leak of one activation a microbatch would be 2 MiB
+def test_steps_leave_nothing_behind(schedule: str, transport: str) -> None:
+    for before, after, _ in ranks.run(_soak, RANKS, schedule=schedule, transport=transport):
+        assert (after.descriptors, after.threads) == (before.descriptors, before.threads)
+        assert after.memory_kib - before.memory_kib < 2048  # noise; a leak of one activation a microbatch is 8 MiB
 
 
-def _open_and_drop(rank: int, transport: str) -> tuple[int, int]:
+def _open_and_drop(rank: int, transport: str) -> list[tuple[int, int]]:
+    from benchmarks.soak import Usage
+
     os.environ["PP_RUNTIME_TRANSPORT"] = transport
-    counts = []
+    counts = list[tuple[int, int]]()
     for number in range(6):
         stages = make_stages({rank: nn.Linear(4, 4)}, RANKS)
         step(make_schedule("1F1B", stages, 4, nn.functional.mse_loss), stages, rows_of_floats(8, number))
         del stages
-        counts.append(_use()[1:])
-    return counts[1] == counts[-1], counts
+        usage = Usage.now()
+        counts.append((usage.descriptors, usage.threads))
+    return counts
 
 
 @pytest.mark.parametrize("transport", ["shared_memory", "c10d"])
 def test_a_dropped_schedule_takes_its_descriptors_and_threads_with_it(transport: str) -> None:
-    for same, counts in ranks.run(_open_and_drop, RANKS, transport=transport):
-        assert same, counts
+    for counts in ranks.run(_open_and_drop, RANKS, transport=transport):
+        assert counts[-1] == counts[1], counts  # the first opens what all share

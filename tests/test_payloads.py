@@ -79,9 +79,9 @@ def _examples(name: str, num_stages: int) -> Example:
 
 
 def _train(rank: int, schedule: str, stages_per_rank: int, name: str) -> list[str]:
-    from tests import models
+    from tests import pipelines
 
-    models.MODELS[name] = lambda num_stages: _examples(name, num_stages)
+    pipelines.MODELS[name] = lambda num_stages: _examples(name, num_stages)
     twins = Twins(rank, Setting(schedule, 4, stages_per_rank, name))
     found = []
     for number, rows in enumerate([8, 8, 5]):

@@ -22,17 +22,21 @@ ROOT = Path(__file__).resolve().parent.parent
 PORT, LIMIT = 29_711, 100
 
 PROGRAM = """
-import os, sys
 import torch.distributed as dist
+from pp_runtime import runtime
 from tests.pipelines import Setting, Twins
 
+def open_and_tell(*args, **kwargs):
+    opened = open_channels(*args, **kwargs)
+    for ends in (opened.senders, opened.receivers):
+        kinds.update(f"{channel.sender}>{channel.receiver} {type(end).__name__[:4]}" for channel, end in ends.items())
+    return opened
+
+kinds, open_channels, runtime.open_channels = set(), runtime.open_channels, open_and_tell
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 twins = Twins(rank, Setting("1F1B", 6))
 found = [line for number in range(3) for line in twins.train(f"step {number}", twins.example.batch(12, number))]
-opened = twins.schedule._runtime._open_channels
-ends = [opened.senders, opened.receivers]
-kinds = {f"{channel.sender}>{channel.receiver} {type(end).__name__[:4]}" for t in ends for channel, end in t.items()}
 print("RANK", rank, *sorted(kinds), *found, sep="|", flush=True)
 dist.barrier()
 dist.destroy_process_group()
