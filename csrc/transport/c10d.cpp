@@ -210,7 +210,8 @@ C10dSendChannel::~C10dSendChannel() { abandon(in_flight_); }
 
 void C10dSendChannel::post(at::Tensor buffer, int tag) {
   std::vector<at::Tensor> buffers = {buffer};
-  in_flight_.push_back({.work = path_.group->send(buffers, path_.peer, tag), .buffer = std::move(buffer)});
+  in_flight_.push_back({.work = guard_->begin(path_.peer, [&] { return path_.group->send(buffers, path_.peer, tag); }),
+                        .buffer = std::move(buffer)});
 }
 
 void C10dSendChannel::reap(size_t keep) {
@@ -264,7 +265,9 @@ void C10dReceiveChannel::post_ahead() {
   while (to_post_ > 0 && posted_.size() < kAhead) {
     at::Tensor block = bytes_on(at::kCPU, kBlockBytes);
     std::vector<at::Tensor> buffers = {block};
-    posted_.push_back({.work = path_.group->recv(buffers, path_.peer, path_.tag), .buffer = std::move(block)});
+    posted_.push_back(
+        {.work = guard_->begin(path_.peer, [&] { return path_.group->recv(buffers, path_.peer, path_.tag); }),
+         .buffer = std::move(block)});
     --to_post_;
   }
 }
@@ -281,7 +284,8 @@ Message C10dReceiveChannel::receive() {
   std::memcpy(&head, data(block), sizeof(head));
   const auto receive_more = [&](size_t bytes, at::Device device) {
     std::vector<at::Tensor> buffers = {bytes_on(device, bytes)};
-    guard_->wait(path_.group->recv(buffers, path_.peer, path_.tag + 1), path_.peer);
+    guard_->wait(guard_->begin(path_.peer, [&] { return path_.group->recv(buffers, path_.peer, path_.tag + 1); }),
+                 path_.peer);
     return buffers[0];
   };
   at::Tensor whole;

@@ -29,8 +29,20 @@ class WaitGuard {
   WaitGuard(const WaitGuard&) = delete;
   WaitGuard& operator=(const WaitGuard&) = delete;
 
+  Watch& watch() const { return *watch_; }
+
   /// Waits for `work`; throws PeerFailed, WaitedTooLong, or PeerLost where the connection to `peer` broke. No GIL.
   void wait(const c10::intrusive_ptr<c10d::Work>& work, int peer);
+
+  /// What `begin` begins; throws PeerFailed or PeerLost where it cannot, since the connection to `peer` broke before.
+  template <typename Begin>
+  c10::intrusive_ptr<c10d::Work> begin(int peer, const Begin& begin) {
+    try {
+      return begin();
+    } catch (const std::exception& failure) {
+      report_broken_connection(peer, failure.what());
+    }
+  }
 
  private:
   void run();

@@ -267,6 +267,37 @@ TEST(the_end_of_steps_among_threads) {
   }
 }
 
+TEST(a_step_ends_alike_for_all_also_where_one_gives_up) {
+  constexpr size_t kRanks = 3;
+  int failed = 0;
+  for (int round = 0; round < 60; ++round) {
+    const auto segment = SharedConfirmation::make(kRanks);
+    const auto store = c10::make_intrusive<c10d::HashStore>();
+    std::array<bool, kRanks> done{};
+    std::vector<std::thread> threads;
+    for (size_t rank = 0; rank < kRanks; ++rank) {
+      threads.emplace_back([&, rank] {
+        // Rank 2 comes when the others' time is over, or just not.
+        const auto watch = watch_of(store, rank == 2 ? kLong : 0.005);
+        SharedConfirmation confirmation(segment, kRanks, rank, watch, kNoSpin);
+        std::this_thread::sleep_for(std::chrono::microseconds(rank == 2 ? 49'000 + 50 * round : 0));
+        try {
+          confirmation.confirm();
+          done[rank] = true;
+        } catch (const std::exception& error) {
+          watch->publish(error.what());
+        }
+      });
+    }
+    for (std::thread& thread : threads) {
+      thread.join();
+    }
+    EXPECT(done[0] == done[1] && done[1] == done[2]);
+    failed += done[0] ? 0 : 1;
+  }
+  std::cout << "failed " << failed << " of 60: ";
+}
+
 TEST(a_failure_wakes_who_waits) {
   const auto store = c10::make_intrusive<c10d::HashStore>();
   SharedSendChannel sender(3, "test", watch_of(store));
