@@ -1,7 +1,9 @@
 #pragma once
 
+#include "lanes.h"
 #include "program.h"
 #include "stage.h"
+#include "step_lanes.h"
 #include "transport/confirmation.h"
 #include "transport/transport.h"
 
@@ -25,6 +27,7 @@ struct StepInput {
 };
 
 /// One action as it ran. `waited` is the part spent waiting for a message or a credit.
+/// On lanes these are moments of the lanes' clock until `take_trace` makes times of them.
 struct TraceRecord {
   uint32_t instruction;
   int64_t start_ns;
@@ -42,7 +45,8 @@ class Executor {
   Executor(const std::vector<int32_t>& program, std::vector<std::shared_ptr<Stage>> stages, std::vector<Edge> edges,
            std::vector<std::shared_ptr<SendChannel>> send_channels,
            std::vector<std::shared_ptr<ReceiveChannel>> receive_channels, std::vector<pybind11::object> callbacks,
-           std::vector<std::string> callback_names, size_t microbatches, std::shared_ptr<Confirmation> confirmation);
+           std::vector<std::string> callback_names, size_t microbatches, std::shared_ptr<Confirmation> confirmation,
+           std::shared_ptr<Lanes> lanes);
 
   /// GIL held. The number of this step is the same on every rank: it is part of every message.
   void run(StepInput input, uint64_t step);
@@ -70,6 +74,10 @@ class Executor {
   void execute(const Instruction& instruction);
   void forward(Stage& stage, const Instruction& instruction);
   Message receive(const Instruction& instruction);
+  void send(const Instruction& instruction, Message message);
+  /// One action with what it waits for, and its times where they are recorded.
+  void run_one(size_t instruction);
+  void run_on_lanes(size_t instruction);
 
   std::vector<Instruction> program_;
   std::vector<std::shared_ptr<Stage>> stages_;
@@ -82,6 +90,9 @@ class Executor {
   size_t microbatches_;
   /// Null where this is the only rank.
   std::shared_ptr<Confirmation> confirmation_;
+  /// Null on a CPU.
+  std::unique_ptr<StepLanes> lanes_;
+  std::unique_ptr<LaneClock> clock_;
 
   StepInput input_;
   uint64_t step_ = 0;

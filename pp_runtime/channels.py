@@ -1,4 +1,7 @@
-"""Opens a runtime's channels: shared memory between CPU ranks of one host, c10d between all others."""
+"""Opens a runtime's channels: shared memory between CPU ranks of one host, c10d between all others.
+
+An accelerator's channels go through c10d on lanes of their own.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,20 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from . import _C
 from .agreement import Agreement, group_or_world
+from .communicators import Communicators, check_sequences, chosen_communicators
 from .errors import PipelineUsageError
+from .lanes import lanes_for
 from .lowering import Channel
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 TRANSPORTS = ("auto", "shared_memory", "c10d")
 
@@ -29,11 +37,15 @@ _TAGS_A_RUNTIME = 4 * _MOST_STAGES * _MOST_STAGES
 
 @dataclass(frozen=True, slots=True)
 class OpenChannels:
-    """The ends of this rank's channels, and how the ranks confirm the end of a step; None where there is one rank."""
+    """The ends of this rank's channels, and how the ranks confirm the end of a step; None where there is one rank.
+
+    ``lanes`` is None on a CPU, and where there is one rank.
+    """
 
     senders: dict[Channel, _C.SendChannel]
     receivers: dict[Channel, _C.ReceiveChannel]
     confirmation: _C.Confirmation | None
+    lanes: _C.Lanes | None
 
 
 def chosen_transport() -> str:
@@ -50,13 +62,15 @@ def open_channels(
     device: torch.device,
     senders: Sequence[Channel],
     receivers: Sequence[Channel],
-    credits: Mapping[Channel, int],
+    plan: Plan,
 ) -> OpenChannels:
     """Open both tables of channels. Every rank of the group must call it, at the same point."""
     if agreement.size == 1:
-        return OpenChannels({}, {}, None)
+        return OpenChannels({}, {}, None, None)
     chosen = chosen_transport()
-    may_share = device.type == "cpu" and chosen != "c10d"
+    lanes = lanes_for(device)
+    may_share = lanes is None and chosen != "c10d"
+    credits = plan.credits()
     token = secrets.randbits(63)
     visible = _C.Token(token) if may_share else None
     offered = {
@@ -89,7 +103,13 @@ def open_channels(
     # Every rank works out the same: the ranks on its host are those it shares memory with.
     spin = _spin_ns([word for word, same_host in zip(words, shared, strict=True) if same_host])
 
-    c10d = None if everybody_shares else _C10dChannels(agreement, group, device)
+    on_lanes = None
+    if lanes is not None:
+        for order in (plan.with_communication, plan.forward_only):
+            check_sequences(order, plan.placement, plan.wiring.edges, chosen_communicators())
+        communicators = Communicators(group, device, agreement.serial, agreement.rank, [*senders, *receivers])
+        on_lanes = _OnLanes(lanes, communicators, credits)
+    c10d = None if everybody_shares else _C10dChannels(agreement, group, device, on_lanes)
 
     def sender(channel: Channel) -> _C.SendChannel:
         if c10d is not None and not shared[channel.receiver]:
@@ -114,16 +134,33 @@ def open_channels(
         {channel: sender(channel) for channel in senders},
         {channel: receiver(channel) for channel in receivers},
         confirmation(),
+        lanes,
     )
     # The token and the offers must live until every peer has opened them.
     agreement.exchange("opened", {})
     return opened
 
 
+@dataclass(frozen=True, slots=True)
+class _OnLanes:
+    """What channels on an accelerator need besides a path between the hosts."""
+
+    lanes: _C.Lanes
+    communicators: Communicators
+    credits: Mapping[Channel, int]
+
+    def path(self, channel: Channel) -> _C.LanePath:
+        slots = self.credits.get(channel, 2)
+        return _C.LanePath(self.lanes, self.communicators.of(channel), self.communicators.peer(channel), slots)
+
+
 class _C10dChannels:
     """Makes the ends of channels that go through the process group; each channel has two tags of its own."""
 
-    def __init__(self, agreement: Agreement, group: dist.ProcessGroup | None, device: torch.device) -> None:
+    def __init__(
+        self, agreement: Agreement, group: dist.ProcessGroup | None, device: torch.device, on_lanes: _OnLanes | None
+    ) -> None:
+        self._on_lanes = on_lanes
         self._group = _with_host_messages(group_or_world(group), device)
         self._watch = agreement.watch
         self._guard = _C.WaitGuard(agreement.watch)
@@ -131,10 +168,16 @@ class _C10dChannels:
         self._first_tag = agreement.serial * _TAGS_A_RUNTIME
 
     def sender(self, channel: Channel) -> _C.SendChannel:
-        return _C.C10dSendChannel(self._path(channel, channel.receiver), self._watch, self._guard)
+        path = self._path(channel, channel.receiver)
+        if self._on_lanes is not None:
+            return _C.LaneSendChannel(path, self._on_lanes.path(channel), self._watch, self._guard)
+        return _C.C10dSendChannel(path, self._watch, self._guard)
 
     def receiver(self, channel: Channel) -> _C.ReceiveChannel:
-        return _C.C10dReceiveChannel(self._path(channel, channel.sender), self._watch, self._guard)
+        path = self._path(channel, channel.sender)
+        if self._on_lanes is not None:
+            return _C.LaneReceiveChannel(path, self._on_lanes.path(channel), self._watch, self._guard)
+        return _C.C10dReceiveChannel(path, self._watch, self._guard)
 
     def confirmation(self, ranks: int, own_rank: int) -> _C.Confirmation:
         # No edge leads from a stage to itself, so its number is free.

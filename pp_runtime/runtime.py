@@ -189,7 +189,7 @@ class Runtime:
             self._stages[0].device,
             lowered.send_channels,
             lowered.receive_channels,
-            self._plan.credits(),
+            self._plan,
         )
 
     def _check_claims(self, agreement: Agreement) -> None:
@@ -229,6 +229,7 @@ class Runtime:
             lowered.callback_names,
             self._plan.num_microbatches,
             channels.confirmation,
+            channels.lanes,
         )
         executor.set_recording(self._recording)
         return executor
