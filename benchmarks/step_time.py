@@ -61,17 +61,18 @@ def linear_stage() -> nn.Module:
     return nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
 
 
-def transformer_stage(width: int) -> nn.Module:
-    """Two transformer layers."""
+def transformer_stage(width: int, depth: int = 2) -> nn.Module:
+    """Some transformer layers."""
     layers = (
         nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
-        for _ in range(2)
+        for _ in range(depth)
     )
     return nn.Sequential(*layers)
 
 
 SIZES = {
     "linear": Size("4 linear layers, width 16", linear_stage, (4, 16)),
+    "deep": Size("24 transformer layers, width 16, length 4", lambda: transformer_stage(16, 24), (1, 4, 16)),
     "small": Size("2 transformer layers, width 64, length 16", lambda: transformer_stage(64), (4, 16, 64)),
     "medium": Size("2 transformer layers, width 128, length 64", lambda: transformer_stage(128), (4, 64, 128)),
 }

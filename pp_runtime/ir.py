@@ -156,7 +156,11 @@ def placement_of(order: Mapping[int, Iterable[Action]]) -> Placement:
         for stage in {action[0] for action in leaves(actions)}:
             other = rank_of.setdefault(stage, rank)
             if other != rank:
-                raise ValueError(f"Stage {stage} stands on rank {other} and on rank {rank}; a stage has one rank.")
+                first = next(action for action in leaves(actions) if action[0] == stage)
+                raise ValueError(
+                    f"Stage {stage} stands on rank {other} and on rank {rank}, which begins it with {first}; "
+                    f"a stage has one rank."
+                )
     missing = sorted(set(range(max(rank_of, default=-1) + 1)) - rank_of.keys())
     if missing:
         raise ValueError(f"The order names stage {max(rank_of)}, but no action of stage {missing[0]}.")

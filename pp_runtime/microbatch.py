@@ -83,6 +83,8 @@ def split_args_kwargs_into_chunks(
     Sizes that ``chunks`` does not divide give microbatches that differ by one row, as ``torch.tensor_split``.
     """
     kwargs = {} if kwargs is None else kwargs
+    if args_chunk_spec is None and kwargs_chunk_spec is None and _all_plain_tensors((*args, *kwargs.values())):
+        return _split_plain(args, kwargs, chunks)
     arg_values, arg_specs, arg_tree = _flatten_with_specs(tuple(args), args_chunk_spec, "args")
     kwarg_values, kwarg_specs, kwarg_tree = _flatten_with_specs(kwargs, kwargs_chunk_spec, "kwargs")
 
@@ -123,6 +125,25 @@ def merge_chunks(chunks: list[Any], chunk_spec: Any) -> Any:
                 f"{len(specs)}: give output_merge_spec the structure of one microbatch's output"
             )
     return tree_unflatten([_merge(spec, [flat[i] for flat in flat_chunks]) for i, spec in enumerate(specs)], tree)
+
+
+def _all_plain_tensors(values: tuple[Any, ...]) -> bool:
+    return all(type(value) is torch.Tensor and value.dim() > 0 and not value.requires_grad for value in values)
+
+
+def _split_plain(args: tuple[Any, ...], kwargs: dict[str, Any], chunks: int) -> tuple[list[tuple], list[dict]]:
+    """What most steps are given: no containers, no specs. The general way would cost more than an action."""
+    count = min([chunks, *(value.size(DEFAULT_CHUNK_DIM) for value in (*args, *kwargs.values()))])
+    if count == 0:
+        return [], []
+    arg_pieces = [value.tensor_split(count) for value in args]
+    kwarg_pieces = [value.tensor_split(count) for value in kwargs.values()]
+    return (
+        list(zip(*arg_pieces, strict=True)) if args else [() for _ in range(count)],
+        [dict(zip(kwargs, pieces, strict=True)) for pieces in zip(*kwarg_pieces, strict=True)]
+        if kwargs
+        else [{} for _ in range(count)],
+    )
 
 
 def _flatten_with_specs(values: Any, specs: Any, name: str) -> tuple[list[Any], list[Any], TreeSpec]:

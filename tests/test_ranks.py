@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -60,7 +61,10 @@ def test_results_come_in_rank_order_and_ranks_share_a_group(count: int) -> None:
     assert ranks.run(_sum_of_ranks, count, offset=10) == [(rank, total) for rank in range(count)]
 
 
-def test_a_failing_rank_is_shown_with_traceback_and_output_and_ends_the_waiting_one() -> None:
+def test_a_failing_rank_is_shown_with_traceback_and_output_and_ends_the_waiting_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ranks, "GRACE_AFTER_FAILURE", 1.0)
     start = time.monotonic()
     with pytest.raises(ranks.RanksFailed) as failure:
         ranks.run(_fail_on_one, 2, timeout=50)
@@ -102,14 +106,15 @@ def test_a_killed_test_run_takes_its_ranks_with_it(tmp_path: Path) -> None:
         "if __name__ == '__main__':\n"
         f"    ranks.run(test_ranks._sleep_and_leave_a_child, 1, timeout=600, note={str(tmp_path)!r})\n"
     )
-    run = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
-    limit = time.monotonic() + 60
-    while not (notes := [note.read_text() for note in tmp_path.iterdir()]) or not notes[0]:
-        assert time.monotonic() < limit and run.poll() is None
-        time.sleep(0.05)
-    run.kill()
-    run.wait()
-    pids = [int(pid) for pid in notes[0].split()]
-    while any(map(_alive, pids)) and time.monotonic() < limit:
-        time.sleep(0.05)
+    with tempfile.TemporaryDirectory() as folder:  # a killed process cannot remove its own
+        run = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"TMPDIR": folder})
+        limit = time.monotonic() + 60
+        while not (notes := [note.read_text() for note in tmp_path.iterdir()]) or not notes[0]:
+            assert time.monotonic() < limit and run.poll() is None
+            time.sleep(0.05)
+        run.kill()
+        run.wait()
+        pids = [int(pid) for pid in notes[0].split()]
+        while any(map(_alive, pids)) and time.monotonic() < limit:
+            time.sleep(0.05)
     assert not any(map(_alive, pids))

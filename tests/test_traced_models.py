@@ -102,8 +102,12 @@ def test_keyword_inputs_go_in_at_the_first_rank() -> None:
     assert ranks.run(_pass_by_keyword, 2) == [[], []]
 
 
-def test_a_pipe_knows_its_stages_and_keeps_parameter_names() -> None:
+def _look_at_pipe(rank: int) -> None:
     plain, pipe = traced.build("skips"), traced.trace("skips", 4)
     assert pipe.num_stages == 4
     names = [name for index in range(4) for name, _ in pipe.get_stage_module(index).named_parameters()]
     assert sorted(names) == sorted(name for name, _ in plain.named_parameters())
+
+
+def test_a_pipe_knows_its_stages_and_keeps_parameter_names() -> None:
+    ranks.run(_look_at_pipe, 1)
