@@ -1,13 +1,11 @@
 #include "step_lanes.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace pp_runtime {
 
 namespace {
-
-constexpr const char* kOutputs = "outputs";
-constexpr const char* kGradients = "input gradients";
 
 bool is_backward(Operation operation) {
   return operation == Operation::kBackward || operation == Operation::kInputBackward ||
@@ -23,6 +21,12 @@ void append_alive(std::vector<std::string>& buffers, const std::vector<LaneTicke
   }
 }
 
+void add_once(std::vector<int32_t>& numbers, int32_t number) {
+  if (std::find(numbers.begin(), numbers.end(), number) == numbers.end()) {
+    numbers.push_back(number);
+  }
+}
+
 }  // namespace
 
 StepLanes::StepLanes(std::shared_ptr<Lanes> lanes, const std::vector<Instruction>& program, std::vector<int64_t> stages,
@@ -31,13 +35,13 @@ StepLanes::StepLanes(std::shared_ptr<Lanes> lanes, const std::vector<Instruction
       stages_(std::move(stages)),
       microbatches_(microbatches),
       table_(stages_.size() * microbatches),
-      sends_outputs_(stages_.size()),
-      sends_gradients_(stages_.size()) {
+      output_edges_(stages_.size()),
+      gradient_edges_(stages_.size()) {
   for (const Instruction& instruction : program) {
     if (instruction.operation == Operation::kSendForward) {
-      sends_outputs_[instruction.stage] = true;
+      add_once(output_edges_[instruction.stage], instruction.edge);
     } else if (instruction.operation == Operation::kSendBackward) {
-      sends_gradients_[instruction.stage] = true;
+      add_once(gradient_edges_[instruction.stage], instruction.edge);
     }
   }
 }
@@ -46,11 +50,12 @@ StepLanes::Microbatch& StepLanes::at(int32_t stage, int32_t microbatch) {
   return table_[static_cast<size_t>(stage) * microbatches_ + static_cast<size_t>(microbatch)];
 }
 
-std::string StepLanes::memory_of(const Instruction& instruction, const char* what) const {
+std::string StepLanes::memory_of(const Instruction& instruction, bool outputs, int32_t edge) const {
   if (!logs()) {
     return {};
   }
-  return std::string(what) + " of stage " + std::to_string(stages_[instruction.stage]) + ", microbatch " +
+  return std::string(outputs ? "outputs" : "input gradients") + " of stage " +
+         std::to_string(stages_[instruction.stage]) + " for edge " + std::to_string(edge) + ", microbatch " +
          std::to_string(instruction.microbatch) + ", step " + std::to_string(step_);
 }
 
@@ -73,9 +78,17 @@ void StepLanes::wait_for(std::vector<LaneTicket>& tickets) {
 void StepLanes::before(const Instruction& instruction, const std::string& name) {
   if (instruction.operation == Operation::kCall) {
     // The user's function may read whatever has come.
+    std::vector<std::string> reads;
     for (Microbatch& microbatch : table_) {
       wait_for(microbatch.activations);
       wait_for(microbatch.gradients);
+      if (logs()) {
+        append_alive(reads, microbatch.activations);
+        append_alive(reads, microbatch.gradients);
+      }
+    }
+    if (LaneLog* log = lanes_->log()) {
+      log->work(lanes_->compute().id(), name, std::move(reads), {});
     }
     return;
   }
@@ -99,17 +112,19 @@ void StepLanes::before(const Instruction& instruction, const std::string& name) 
     append_alive(reads, microbatch.gradients);
     std::vector<std::string> writes;
     if (instruction.operation != Operation::kWeightBackward) {
-      writes.push_back(memory_of(instruction, backward ? kGradients : kOutputs));
+      for (const int32_t edge : (backward ? gradient_edges_ : output_edges_)[instruction.stage]) {
+        writes.push_back(memory_of(instruction, !backward, edge));
+      }
     }
     log->work(lanes_->compute().id(), name, std::move(reads), std::move(writes));
   }
 }
 
 void StepLanes::after(const Instruction& instruction) {
-  if (instruction.operation == Operation::kForward && sends_outputs_[instruction.stage]) {
+  if (instruction.operation == Operation::kForward && !output_edges_[instruction.stage].empty()) {
     at(instruction.stage, instruction.microbatch).outputs = lanes_->mark(lanes_->compute());
   } else if ((instruction.operation == Operation::kBackward || instruction.operation == Operation::kInputBackward) &&
-             sends_gradients_[instruction.stage]) {
+             !gradient_edges_[instruction.stage].empty()) {
     at(instruction.stage, instruction.microbatch).input_gradients = lanes_->mark(lanes_->compute());
   }
 }
@@ -122,8 +137,8 @@ void StepLanes::sending(const Instruction& instruction, Message& message) {
     // A function of the user's own made it.
     ready = lanes_->mark(lanes_->compute());
   }
-  message.lane = std::make_shared<LaneTicket>(LaneTicket{
-      .ready = std::move(ready), .buffer = memory_of(instruction, forward ? kOutputs : kGradients), .slot = {}});
+  message.lane = std::make_shared<LaneTicket>(
+      LaneTicket{.ready = std::move(ready), .buffer = memory_of(instruction, forward, instruction.edge), .slot = {}});
 }
 
 void StepLanes::received(const Instruction& instruction, const Message& message) {

@@ -43,16 +43,17 @@ class StepLanes {
 
   Microbatch& at(int32_t stage, int32_t microbatch);
   void wait_for(std::vector<LaneTicket>& tickets);
-  std::string memory_of(const Instruction& instruction, const char* what) const;
+  /// What the log calls the tensors that an action makes for an edge.
+  std::string memory_of(const Instruction& instruction, bool outputs, int32_t edge) const;
 
   std::shared_ptr<Lanes> lanes_;
   std::vector<int64_t> stages_;
   size_t microbatches_;
   std::vector<Microbatch> table_;
   uint64_t step_ = 0;
-  /// For each stage, whether other ranks get its outputs, and its input gradients.
-  std::vector<bool> sends_outputs_;
-  std::vector<bool> sends_gradients_;
+  /// For each stage, the edges over which its outputs, and its input gradients, go to other ranks.
+  std::vector<std::vector<int32_t>> output_edges_;
+  std::vector<std::vector<int32_t>> gradient_edges_;
 };
 
 }  // namespace pp_runtime

@@ -84,12 +84,12 @@ class Communicators:
         own_rank = pair.index(self._rank)
         backend = self._own.name()
         if backend == "nccl":
-            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            options: Any = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
             options.group_name = name
             options.global_ranks_in_group = [dist.get_global_rank(self._group, rank) for rank in pair]
             return dist.ProcessGroupNCCL(prefixed, own_rank, 2, options)
         if backend == "gloo":
-            return dist.ProcessGroupGloo(prefixed, own_rank, 2)
+            return dist.ProcessGroupGloo(prefixed, own_rank, 2, dist.distributed_c10d.default_pg_timeout)
         raise PipelineUsageError(
             f"pp_runtime does not know how to make communicators of the backend {backend!r}: "
             "set PP_RUNTIME_COMMUNICATORS=shared"

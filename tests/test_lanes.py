@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from pp_runtime.lanes import recorded_lanes
 from pp_runtime.passes.communication import insert_communication
 from pp_runtime.passes.edges import adjacent_edges
 from pp_runtime.schedules.catalogue import build_order
-from tests import api, ranks
+from tests import api, ranks, test_custom_functions, test_traced_models, test_user_orders
 from tests.pipelines import EVERY_SCHEDULE, Setting, Twins, stages_allowed
 
 pytestmark = api.ours_only("has no lanes of its own")
@@ -61,6 +63,32 @@ def _train_all(rank: int, settings: list[Setting]) -> list[str]:
 def test_every_schedule_is_in_order_and_equals_the_plain_model(count: int, schedule: str) -> None:
     settings = [Setting(schedule, 2 * count + 1, stages) for stages in stages_allowed(schedule)[-1:]]
     assert ranks.run(_train_all, count, settings=settings) == [[]] * count
+
+
+def _on_lanes(rank: int, train: Callable[..., list[str]], **options: Any) -> list[str]:
+    with recorded_lanes() as recording:
+        found = train(rank, **options)
+        entries = recording.entries()
+    assert any(entry.kind == "wait" for entry in entries)
+    return found + [str(race) for race in races(entries)]
+
+
+@pytest.mark.parametrize("schedule", ["Interleaved1F1B", "ZBVZeroBubble"])
+def test_skips_whose_gradients_are_added_up_are_in_order(schedule: str) -> None:
+    options = {"name": "skips", "schedules": [schedule], "stages_per_rank": 2}
+    assert ranks.run(_on_lanes, 2, train=test_traced_models._compare, **options) == [[], []]
+
+
+def test_the_users_own_functions_are_in_order() -> None:
+    options = {"schedule": "DualPipeV", "stages_per_rank": 2, "kinds": ["F", "B", "I", "W", "OVERLAP_F_B"]}
+    assert ranks.run(_on_lanes, 2, train=test_custom_functions._train_with, **options) == [[], []]
+
+
+@pytest.mark.parametrize("name", test_user_orders.ORDERS)
+def test_a_loaded_order_is_in_order(name: str, tmp_path: Path) -> None:
+    rows, owners = test_user_orders.ORDERS[name]()
+    path = test_user_orders._write(tmp_path / "order.csv", rows)
+    assert ranks.run(_on_lanes, 2, train=test_user_orders._train, path=path, owners=owners) == [[], []]
 
 
 def _without_each_wait(rank: int) -> tuple[int, list[str]]:
