@@ -45,8 +45,9 @@ void bind_lanes(py::module_& m) {
       .def(py::init<std::shared_ptr<LaneLog>>(), py::arg("log"));
   py::class_<LanePath>(m, "LanePath")
       .def(py::init([](std::shared_ptr<Lanes> lanes, c10::intrusive_ptr<c10d::Backend> communicator, int peer,
-                       size_t slots) { return LanePath{std::move(lanes), std::move(communicator), peer, slots}; }),
-           py::arg("lanes"), py::arg("communicator"), py::arg("peer"), py::arg("slots"));
+                       size_t slots,
+                       bool owned) { return LanePath{std::move(lanes), std::move(communicator), peer, slots, owned}; }),
+           py::arg("lanes"), py::arg("communicator"), py::arg("peer"), py::arg("slots"), py::arg("owned"));
   py::class_<LaneSendChannel, C10dSendChannel, std::shared_ptr<LaneSendChannel>>(m, "LaneSendChannel")
       .def(py::init<C10dPath, LanePath, std::shared_ptr<Watch>, std::shared_ptr<WaitGuard>>(), py::arg("path"),
            py::arg("on_device"), py::arg("watch"), py::arg("guard"));

@@ -150,8 +150,9 @@ class _OnLanes:
     credits: Mapping[Channel, int]
 
     def path(self, channel: Channel) -> _C.LanePath:
+        given = self.communicators
         slots = self.credits.get(channel, 2)
-        return _C.LanePath(self.lanes, self.communicators.of(channel), self.communicators.peer(channel), slots)
+        return _C.LanePath(self.lanes, given.of(channel), given.peer(channel), slots, given.owned)
 
 
 class _C10dChannels:

@@ -75,6 +75,11 @@ class Communicators:
         other = channel.receiver if self._rank == channel.sender else channel.sender
         return other if self._kind == "shared" else int(other > self._rank)
 
+    @property
+    def owned(self) -> bool:
+        """Whether they were made here, and not given."""
+        return self._kind != "shared"
+
     def _make(self, name: str, channel: Channel) -> Any:
         if self._kind == "shared":
             return self._own

@@ -131,9 +131,9 @@ def _lanes_wait_for(rank: int) -> dict[str, set[str]]:
     return found
 
 
-def test_receives_and_sends_wait_for_compute_only_and_compute_for_receives_only() -> None:
+def test_receives_and_sends_wait_for_compute_only() -> None:
     for waits in ranks.run(_lanes_wait_for, 2):
-        assert all(lane.startswith("receive, ") for lane in waits.pop("compute"))
+        waits.pop("compute")
         assert len(waits) > 4  # a lane a channel
         assert set.union(*waits.values()) == {"compute"}
 

@@ -103,6 +103,7 @@ class C10dReceiveChannel : public ReceiveChannel {
   virtual void receive_payload(Message& message, const MessageSpec& spec);
 
   const C10dPath& path() const { return path_; }
+  Watch& watch() const { return *watch_; }
   WaitGuard& guard() const { return *guard_; }
 
  private:

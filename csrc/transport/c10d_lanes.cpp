@@ -14,8 +14,6 @@ namespace pp_runtime {
 namespace {
 
 constexpr std::chrono::microseconds kPause{20};
-/// What a channel that is closed gives the device to end what is on its way.
-constexpr std::chrono::seconds kGrace{1};
 
 /// Work that a process group queues while `lane` is current waits for the lane, and the lane for it.
 /// A recorded device's group works on the host, so there the host waits when it needs the work's end.
@@ -23,6 +21,34 @@ void queue_on(const Lanes& lanes, const c10::intrusive_ptr<c10d::Work>& work) {
   if (lanes.log() == nullptr) {
     work->wait();
   }
+}
+
+/// Waits until the device comes to `mark`, before a channel closes. False where it never does, as a rank failed: then
+/// the communicator is aborted, so that nothing else of this process waits for it.
+bool comes_to(const LanePath& on_device, const MarkPointer& mark, Watch& watch) noexcept {
+  if (on_device.lanes->log() != nullptr) {
+    return false;
+  }
+  try {
+    const auto since = Watch::Clock::now();
+    for (auto looked = since; !mark->passed(); std::this_thread::sleep_for(kPause)) {
+      if (Watch::Clock::now() - looked > Watch::kInterval) {
+        looked = Watch::Clock::now();
+        watch.look_for_failure(since);
+      }
+    }
+    return true;
+  } catch (const std::exception&) {
+    // A rank failed, or the device itself.
+  }
+  try {
+    if (on_device.owned) {
+      on_device.communicator->abort();
+    }
+  } catch (const std::exception&) {
+    // It is past aborting.
+  }
+  return false;
 }
 
 }  // namespace
@@ -36,31 +62,29 @@ LaneSendChannel::LaneSendChannel(C10dPath path, LanePath on_device, std::shared_
                                         SlotPool::Readers::kNone, on_device_.slots)) {}
 
 LaneSendChannel::~LaneSendChannel() {
-  const auto until = Watch::Clock::now() + kGrace;
-  try {
-    while (!on_their_way_.empty() && on_device_.lanes->log() == nullptr && Watch::Clock::now() < until) {
-      if (on_their_way_.front().sent->passed()) {
-        on_their_way_.pop_front();
-      } else {
-        std::this_thread::sleep_for(kPause);
-      }
-    }
-  } catch (const std::exception&) {
-    // The device failed: what it may still read is kept, as below.
-  }
-  if (!on_their_way_.empty()) {
-    // Somebody may read the memory for as long as the process lives: nobody received it, as a step failed.
+  if (!on_their_way_.empty() && !comes_to(on_device_, on_their_way_.back().sent, watch())) {
+    // Nobody received it, as a step failed; somebody may read the memory for as long as the process lives.
     new std::deque<OnItsWay>(std::move(on_their_way_));
+  }
+}
+
+void LaneSendChannel::drop_tensors(OnItsWay& message) {
+  if (message.tensors.empty()) {
+    return;
+  }
+  message.tensors.clear();
+  if (LaneLog* log = on_device_.lanes->log()) {
+    // Whatever the compute lane allocates next may lie there.
+    log->work(on_device_.lanes->compute().id(), "reuse of memory", {}, {message.buffer});
   }
 }
 
 void LaneSendChannel::drop_oldest() {
   OnItsWay& oldest = on_their_way_.front();
-  if (LaneLog* log = on_device_.lanes->log()) {
+  if (on_device_.lanes->log() != nullptr) {
     guard().wait(oldest.work, path().peer);
-    // Whatever the compute lane allocates next may lie there.
-    log->work(on_device_.lanes->compute().id(), "reuse of memory", {}, {oldest.buffer});
   }
+  drop_tensors(oldest);
   on_their_way_.pop_front();
 }
 
@@ -99,16 +123,20 @@ void LaneSendChannel::send_payload(Message message, const MessageSpec& spec) {
       }
     }
   }
+  if (LaneLog* log = lanes.log()) {
+    log->work(lane_.id(), "copy for " + path().name, {message.lane->buffer}, {slot->name()});
+  }
+  auto copied = lanes.mark(lane_);
   std::vector<at::Tensor> buffers = {memory};
   auto work = on_device_.communicator->send(buffers, on_device_.peer, path().tag + 1);
   queue_on(lanes, work);
   if (LaneLog* log = lanes.log()) {
-    log->work(lane_.id(), "copy for " + path().name, {message.lane->buffer}, {slot->name()});
     log->work(lane_.id(), "send over " + path().name, {slot->name()}, {});
   }
   on_their_way_.push_back({.work = std::move(work),
                            .tensors = std::move(message.tensors),
                            .slot = slot,
+                           .copied = std::move(copied),
                            .sent = lanes.mark(lane_),
                            .buffer = message.lane->buffer});
 }
@@ -116,6 +144,13 @@ void LaneSendChannel::send_payload(Message message, const MessageSpec& spec) {
 void LaneSendChannel::finish_step() {
   C10dSendChannel::finish_step();
   drop_sent(on_device_.slots);
+  if (!on_their_way_.empty()) {
+    // An output may be a parameter or the user's own input, which are written after the step.
+    on_their_way_.back().copied->hold_back(on_device_.lanes->compute());
+    for (OnItsWay& message : on_their_way_) {
+      drop_tensors(message);
+    }
+  }
 }
 
 LaneReceiveChannel::LaneReceiveChannel(C10dPath path, LanePath on_device, std::shared_ptr<Watch> watch,
@@ -125,6 +160,12 @@ LaneReceiveChannel::LaneReceiveChannel(C10dPath path, LanePath on_device, std::s
       lane_(on_device_.lanes->make("receive, " + this->path().name)),
       slots_(std::make_shared<SlotPool>(on_device_.lanes, this->path().name + ", receiver", this->path().device, lane_,
                                         SlotPool::Readers::kCompute, on_device_.slots)) {}
+
+LaneReceiveChannel::~LaneReceiveChannel() {
+  if (last_arrival_) {
+    comes_to(on_device_, last_arrival_, watch());
+  }
+}
 
 void LaneReceiveChannel::receive_payload(Message& message, const MessageSpec& spec) {
   if (spec.payload_bytes == 0) {
@@ -146,8 +187,8 @@ void LaneReceiveChannel::receive_payload(Message& message, const MessageSpec& sp
     queue_on(lanes, work);
   }
   message.tensors = unpack(memory, 0, spec, slot);
-  message.lane =
-      std::make_shared<LaneTicket>(LaneTicket{.ready = lanes.mark(lane_), .buffer = slot->name(), .slot = slot});
+  last_arrival_ = lanes.mark(lane_);
+  message.lane = std::make_shared<LaneTicket>(LaneTicket{.ready = last_arrival_, .buffer = slot->name(), .slot = slot});
 }
 
 }  // namespace pp_runtime

@@ -19,19 +19,21 @@ struct LanePath {
   /// The peer's rank in the communicator.
   int peer = -1;
   size_t slots = 2;
+  /// The communicator was made for channels, so it may be aborted with them.
+  bool owned = false;
 };
 
 /// The sending end of a channel whose tensors lie on an accelerator.
 ///
 /// What describes a message still goes from host to host; the tensors are copied into a slot and sent on the channel's
 /// own lane, which waits for their producer and for nothing else. The tensors are held until the host sees that the
-/// device has sent them; it waits for that only where it is `slots` messages ahead.
+/// device has sent them, or the step ends; the host waits for that only where it is `slots` messages ahead.
 class LaneSendChannel : public C10dSendChannel {
  public:
   LaneSendChannel(C10dPath path, LanePath on_device, std::shared_ptr<Watch> watch, std::shared_ptr<WaitGuard> guard);
   ~LaneSendChannel() override;
 
-  /// Waits for nothing on the device: what is on its way is held into the next step.
+  /// The host does not wait for the device. What the user does next with the step's tensors waits for their copies.
   void finish_step() override;
 
  protected:
@@ -43,10 +45,12 @@ class LaneSendChannel : public C10dSendChannel {
     c10::intrusive_ptr<c10d::Work> work;
     std::vector<at::Tensor> tensors;
     std::shared_ptr<SlotPool::Lease> slot;
+    MarkPointer copied;
     MarkPointer sent;
     std::string buffer;
   };
 
+  void drop_tensors(OnItsWay& message);
   void drop_sent(size_t most);
   void drop_oldest();
 
@@ -61,6 +65,7 @@ class LaneSendChannel : public C10dSendChannel {
 class LaneReceiveChannel : public C10dReceiveChannel {
  public:
   LaneReceiveChannel(C10dPath path, LanePath on_device, std::shared_ptr<Watch> watch, std::shared_ptr<WaitGuard> guard);
+  ~LaneReceiveChannel() override;
 
  protected:
   void receive_payload(Message& message, const MessageSpec& spec) override;
@@ -69,6 +74,7 @@ class LaneReceiveChannel : public C10dReceiveChannel {
   LanePath on_device_;
   c10::Stream lane_;
   std::shared_ptr<SlotPool> slots_;
+  MarkPointer last_arrival_;
 };
 
 }  // namespace pp_runtime
