@@ -72,7 +72,7 @@ def transformer_stage(width: int, depth: int = 2) -> nn.Module:
 
 SIZES = {
     "linear": Size("4 linear layers, width 16", linear_stage, (4, 16)),
-    "deep": Size("24 transformer layers, width 16, length 4", lambda: transformer_stage(16, 24), (1, 4, 16)),
+    "deep": Size("48 transformer layers, width 16, length 4", lambda: transformer_stage(16, 48), (1, 4, 16)),
     "small": Size("2 transformer layers, width 64, length 16", lambda: transformer_stage(64), (4, 16, 64)),
     "medium": Size("2 transformer layers, width 128, length 64", lambda: transformer_stage(128), (4, 64, 128)),
 }

@@ -1,10 +1,13 @@
 #include "backward/bindings_backward.h"
 #include "bindings_lanes.h"
 #include "executor.h"
+#include "signals.h"
 #include "transport/c10d.h"
+#include "transport/c10d_confirmation.h"
 #include "transport/confirmation.h"
 #include "transport/shared_memory.h"
 #include "watch.h"
+#include "whereabouts.h"
 
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
@@ -17,27 +20,79 @@ namespace pp_runtime {
 
 namespace {
 
+std::chrono::nanoseconds nanoseconds(double seconds) {
+  return std::chrono::nanoseconds(static_cast<int64_t>(seconds * 1'000'000'000));
+}
+
+void raise_with(py::handle kind, const char* what, const char* name, const py::object& value) {
+  const py::object error = kind(what);
+  error.attr(name) = value;
+  PyErr_SetObject(kind.ptr(), error.ptr());
+}
+
 void bind_watch(py::module_& m) {
   py::register_exception<PeerFailed>(m, "PeerFailed", PyExc_RuntimeError);
-  py::register_exception<PeerLost>(m, "PeerLost", PyExc_RuntimeError);
-  py::register_exception<WaitedTooLong>(m, "WaitedTooLong", PyExc_RuntimeError);
+  py::register_exception<StoreLost>(m, "StoreLost", PyExc_RuntimeError);
+  // These two carry a number, so they are made by hand. The module holds the classes for the process's life.
+  static const py::handle lost = py::exception<PeerLost>(m, "PeerLost", PyExc_RuntimeError).release();
+  static const py::handle late = py::exception<WaitedTooLong>(m, "WaitedTooLong", PyExc_RuntimeError).release();
   py::register_local_exception_translator([](std::exception_ptr pointer) {
     try {
       std::rethrow_exception(pointer);
     } catch (python_error& error) {
       error.restore();
+    } catch (const PeerLost& error) {
+      raise_with(lost, error.what(), "rank", py::int_(error.rank));
+    } catch (const WaitedTooLong& error) {
+      raise_with(late, error.what(), "seconds", py::float_(error.seconds));
     } catch (const Interrupted&) {
       // The Python error is set already.
     } catch (const c10::Error&) {
       torch::translate_exception_to_python(pointer);
     }
   });
+  py::class_<Segment, std::shared_ptr<Segment>>(m, "Segment")
+      .def_property_readonly("fd", &Segment::fd)
+      .def_static("open", &Segment::open, py::arg("pid"), py::arg("fd"), py::arg("bytes"));
   py::class_<Watch, std::shared_ptr<Watch>>(m, "Watch")
-      .def(py::init<c10::intrusive_ptr<c10d::Store>, std::string, double>(), py::arg("store"), py::arg("failure_key"),
-           py::arg("deadline_seconds"))
+      .def(py::init([](c10::intrusive_ptr<c10d::Store> store, std::string failure_key, double deadline_seconds) {
+             return std::make_shared<Watch>(std::move(store), std::move(failure_key), deadline_seconds, check_signals);
+           }),
+           py::arg("store"), py::arg("failure_key"), py::arg("deadline_seconds"))
+      .def("watch_process", &Watch::watch_process, py::arg("rank"), py::arg("pid"))
+      .def("ended", &Watch::ended)
+      .def("throw_lost", &Watch::throw_lost, py::arg("rank"))
       .def("failure", &Watch::failure, py::call_guard<py::gil_scoped_release>())
       .def("publish", &Watch::publish, py::arg("record"), py::call_guard<py::gil_scoped_release>())
       .def("set_deadline", &Watch::set_deadline, py::arg("seconds"));
+  py::class_<Board, std::shared_ptr<Board>>(m, "Board")
+      .def(py::init<std::shared_ptr<Segment>, size_t, size_t>(), py::arg("segment"), py::arg("ranks"),
+           py::arg("own_rank"))
+      .def_static("make", &Board::make, py::arg("ranks"))
+      .def_static(
+          "open", [](int64_t pid, int fd, size_t ranks) { return Segment::open(pid, fd, ranks * kPayloadAlignment); },
+          py::arg("pid"), py::arg("fd"), py::arg("ranks"))
+      .def(
+          "read",
+          [](const Board& board, size_t rank) {
+            const Whereabouts found = board.read(rank);
+            const std::chrono::duration<double> seconds =
+                std::chrono::steady_clock::now().time_since_epoch() - found.since;
+            const Activity& activity = found.activity;
+            return py::make_tuple(activity.operation, activity.stage, activity.microbatch, activity.peer,
+                                  activity.other_stage, seconds.count(), py::bytes(found.name));
+          },
+          py::arg("rank"));
+  py::class_<Reporter, std::shared_ptr<Reporter>>(m, "Reporter")
+      .def(py::init([](std::shared_ptr<Board> board, c10::intrusive_ptr<c10d::Store> store, std::string key,
+                       double patience_seconds) {
+             return std::make_shared<Reporter>(std::move(board), std::move(store), std::move(key),
+                                               nanoseconds(patience_seconds));
+           }),
+           py::arg("board"), py::arg("store"), py::arg("key"), py::arg("patience_seconds"))
+      .def(
+          "set_patience", [](Reporter& reporter, double seconds) { reporter.set_patience(nanoseconds(seconds)); },
+          py::arg("seconds"));
 }
 
 void bind_transport(py::module_& m) {
@@ -72,23 +127,16 @@ void bind_transport(py::module_& m) {
   py::class_<C10dReceiveChannel, ReceiveChannel, std::shared_ptr<C10dReceiveChannel>>(m, "C10dReceiveChannel")
       .def(py::init<C10dPath, std::shared_ptr<Watch>, std::shared_ptr<WaitGuard>>(), py::arg("path"), py::arg("watch"),
            py::arg("guard"));
-  py::class_<Segment, std::shared_ptr<Segment>>(m, "Segment")
-      .def_property_readonly("fd", &Segment::fd)
-      .def_static("open", &Segment::open, py::arg("pid"), py::arg("fd"), py::arg("bytes"));
   py::class_<Confirmation, std::shared_ptr<Confirmation>>(m, "Confirmation")
       .def("confirm", &Confirmation::confirm, py::call_guard<py::gil_scoped_release>());
   py::class_<SharedConfirmation, Confirmation, std::shared_ptr<SharedConfirmation>>(m, "SharedConfirmation")
-      .def(py::init([](int64_t pid, int fd, const std::vector<int64_t>& pids, size_t own_rank,
-                       std::shared_ptr<Watch> watch, int64_t spin_ns) {
-             std::vector<Peer> ranks;
-             for (const int64_t each : pids) {
-               ranks.push_back({.rank = static_cast<int>(ranks.size()), .pid = each});
-             }
-             return std::make_shared<SharedConfirmation>(Segment::open(pid, fd, pids.size() * kPayloadAlignment),
-                                                         std::move(ranks), own_rank, std::move(watch),
-                                                         SpinTime{.value = std::chrono::nanoseconds(spin_ns)});
-           }),
-           py::arg("pid"), py::arg("fd"), py::arg("pids"), py::arg("own_rank"), py::arg("watch"), py::arg("spin_ns"))
+      .def(py::init(
+               [](int64_t pid, int fd, size_t ranks, size_t own_rank, std::shared_ptr<Watch> watch, int64_t spin_ns) {
+                 return std::make_shared<SharedConfirmation>(Segment::open(pid, fd, ranks * kPayloadAlignment), ranks,
+                                                             own_rank, std::move(watch),
+                                                             SpinTime{.value = std::chrono::nanoseconds(spin_ns)});
+               }),
+           py::arg("pid"), py::arg("fd"), py::arg("ranks"), py::arg("own_rank"), py::arg("watch"), py::arg("spin_ns"))
       .def_static("make", &SharedConfirmation::make, py::arg("ranks"));
   py::class_<C10dConfirmation, Confirmation, std::shared_ptr<C10dConfirmation>>(m, "C10dConfirmation")
       .def(py::init<C10dPath, int, int, std::shared_ptr<WaitGuard>>(), py::arg("path"), py::arg("ranks"),
@@ -97,6 +145,16 @@ void bind_transport(py::module_& m) {
       .def(py::init<uint64_t>(), py::arg("value"))
       .def_property_readonly("fd", &Token::fd)
       .def_static("matches", &Token::matches, py::arg("pid"), py::arg("fd"), py::arg("value"));
+}
+
+void bind_message(py::module_& m) {
+  m.def("can_travel", &can_travel, py::arg("tensor"));
+  m.def(
+      "describe_message",
+      [](const std::string& description) {
+        return MessageSpec::decode(description.data(), description.size()).describe();
+      },
+      py::arg("description"));
 }
 
 void bind_stage(py::module_& m) {
@@ -134,15 +192,15 @@ void bind_stage(py::module_& m) {
            py::call_guard<py::gil_scoped_release>())
       .def(
           "accept_activation",
-          [](Stage& stage, size_t microbatch, const std::vector<at::Tensor>& tensors) {
-            Message message;
+          [](Stage& stage, size_t microbatch, const std::vector<at::Tensor>& tensors, std::string structure) {
+            Message message{.frame = {}, .tensors = {}, .requires_grad = {}, .structure = std::move(structure)};
             for (const at::Tensor& tensor : tensors) {
               message.tensors.push_back(tensor.detach());
               message.requires_grad.push_back(static_cast<uint8_t>(tensor.requires_grad()));
             }
             stage.accept_activation(Edge{}, microbatch, std::move(message));
           },
-          py::arg("microbatch"), py::arg("tensors"))
+          py::arg("microbatch"), py::arg("tensors"), py::arg("structure") = py::bytes())
       .def(
           "input_gradients", [](Stage& stage, size_t microbatch) { return stage.input_gradients(microbatch); },
           py::arg("microbatch"))
@@ -164,10 +222,10 @@ void bind_executor(py::module_& m) {
       .def(py::init<const std::vector<int32_t>&, std::vector<std::shared_ptr<Stage>>, std::vector<Edge>,
                     std::vector<std::shared_ptr<SendChannel>>, std::vector<std::shared_ptr<ReceiveChannel>>,
                     std::vector<py::object>, std::vector<std::string>, size_t, std::shared_ptr<Confirmation>,
-                    std::shared_ptr<Lanes>>(),
+                    std::shared_ptr<Board>, std::shared_ptr<Lanes>>(),
            py::arg("program"), py::arg("stages"), py::arg("edges"), py::arg("send_channels"),
            py::arg("receive_channels"), py::arg("callbacks"), py::arg("callback_names"), py::arg("microbatches"),
-           py::arg("confirmation"), py::arg("lanes"))
+           py::arg("confirmation"), py::arg("board"), py::arg("lanes"))
       .def(
           "run",
           [](Executor& executor, uint64_t step, py::list args, py::list kwargs, py::object targets, py::object loss_fn,
@@ -207,6 +265,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_watch(m);
   bind_transport(m);
   bind_lanes(m);
+  bind_message(m);
   bind_stage(m);
   bind_executor(m);
   bind_backward(m);

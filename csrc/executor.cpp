@@ -1,5 +1,7 @@
 #include "executor.h"
 
+#include "signals.h"
+
 #include <ATen/core/grad_mode.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -17,10 +19,6 @@ namespace {
 int64_t now_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
       .count();
-}
-
-bool waits(Operation operation) {
-  return operation == Operation::kReceiveForward || operation == Operation::kReceiveBackward;
 }
 
 bool given(const py::object& object) { return object && !object.is_none(); }
@@ -67,7 +65,8 @@ Executor::Executor(const std::vector<int32_t>& program, std::vector<std::shared_
                    std::vector<Edge> edges, std::vector<std::shared_ptr<SendChannel>> send_channels,
                    std::vector<std::shared_ptr<ReceiveChannel>> receive_channels, std::vector<py::object> callbacks,
                    std::vector<std::string> callback_names, size_t microbatches,
-                   std::shared_ptr<Confirmation> confirmation, std::shared_ptr<Lanes> lanes)
+                   std::shared_ptr<Confirmation> confirmation, std::shared_ptr<Board> board,
+                   std::shared_ptr<Lanes> lanes)
     : program_(read_program(program, {.stages = stages.size(),
                                       .microbatches = microbatches,
                                       .edges = edges.size(),
@@ -82,9 +81,11 @@ Executor::Executor(const std::vector<int32_t>& program, std::vector<std::shared_
       callbacks_(std::move(callbacks)),
       callback_names_(std::move(callback_names)),
       microbatches_(microbatches),
-      confirmation_(std::move(confirmation)) {
+      confirmation_(std::move(confirmation)),
+      board_(std::move(board)) {
   for (const Instruction& instruction : program_) {
-    if (waits(instruction.operation)) {
+    activities_.push_back(activity_of(instruction));
+    if (is_receive(instruction.operation)) {
       ++messages_of_channel_[instruction.channel];
     }
   }
@@ -126,13 +127,26 @@ void Executor::run(StepInput input, uint64_t step) {
       if (range.isActive()) {
         range.before("PP:" + text_of(i));
       }
+      const int64_t start = recording_ || board_ ? now_ns() : 0;
+      show_on_board(i, start);
       if (lanes_) {
         run_on_lanes(i);
-      } else {
-        run_one(i);
+        continue;
       }
+      execute(program_[i]);
+      if (!recording_) {
+        continue;
+      }
+      const int64_t end = now_ns();
+      trace_.push_back({.instruction = static_cast<uint32_t>(i),
+                        .start_ns = start,
+                        .end_ns = end,
+                        .waited_ns = is_receive(program_[i].operation) ? end - start : 0});
     }
     position_ = -1;
+    show_on_board(kEndOfStep);
+    // What came while the last actions ran must stop the step on every rank, not only on this one.
+    check_signals();
     for (const auto& channel : send_channels_) {
       channel->finish_step();
     }
@@ -145,20 +159,41 @@ void Executor::run(StepInput input, uint64_t step) {
   }
   position_ = -1;
   input_ = StepInput();
+  show_on_board(kOutsideStep);
 }
 
-void Executor::run_one(size_t instruction) {
-  if (!recording_) {
-    execute(program_[instruction]);
+Activity Executor::activity_of(const Instruction& instruction) const {
+  Activity activity{.operation = static_cast<int32_t>(instruction.operation),
+                    .stage = instruction.stage >= 0 ? static_cast<int32_t>(stages_[instruction.stage]->index()) : -1,
+                    .microbatch = instruction.microbatch};
+  if (is_send(instruction.operation)) {
+    activity.peer = send_channels_[instruction.channel]->peer();
+  } else if (is_receive(instruction.operation)) {
+    activity.peer = receive_channels_[instruction.channel]->peer();
+  } else {
+    return activity;
+  }
+  const Edge& edge = edges_[instruction.edge];
+  activity.other_stage = static_cast<int32_t>(edge.source == activity.stage ? edge.destination : edge.source);
+  return activity;
+}
+
+void Executor::show_on_board(size_t instruction, int64_t now) {
+  if (!board_) {
     return;
   }
-  const int64_t start = now_ns();
-  execute(program_[instruction]);
-  const int64_t end = now_ns();
-  trace_.push_back({.instruction = static_cast<uint32_t>(instruction),
-                    .start_ns = start,
-                    .end_ns = end,
-                    .waited_ns = waits(program_[instruction].operation) ? end - start : 0});
+  if (program_[instruction].operation == Operation::kCall) {
+    board_->begin_call(callback_names_.at(program_[instruction].callback), activities_[instruction],
+                       std::chrono::nanoseconds(now));
+  } else {
+    board_->begin(activities_[instruction], std::chrono::nanoseconds(now));
+  }
+}
+
+void Executor::show_on_board(int32_t operation) {
+  if (board_) {
+    board_->begin({.operation = operation});
+  }
 }
 
 void Executor::run_on_lanes(size_t instruction) {
@@ -289,7 +324,7 @@ py::list Executor::take_losses() { return hand_over(losses_); }
 
 int64_t Executor::stage_index_of(size_t instruction) const {
   const Instruction& found = program_.at(instruction);
-  return found.operation == Operation::kCall ? -1 : stages_[found.stage]->index();
+  return found.stage < 0 ? -1 : stages_[found.stage]->index();
 }
 
 std::string Executor::text_of(size_t instruction) const {
@@ -321,6 +356,7 @@ void Executor::clear() {
   for (const auto& stage : stages_) {
     stage->clear();
   }
+  show_on_board(kOutsideStep);
 }
 
 }  // namespace pp_runtime

@@ -6,6 +6,7 @@
 #include "step_lanes.h"
 #include "transport/confirmation.h"
 #include "transport/transport.h"
+#include "whereabouts.h"
 
 #include <torch/csrc/utils/pybind.h>
 
@@ -46,7 +47,7 @@ class Executor {
            std::vector<std::shared_ptr<SendChannel>> send_channels,
            std::vector<std::shared_ptr<ReceiveChannel>> receive_channels, std::vector<pybind11::object> callbacks,
            std::vector<std::string> callback_names, size_t microbatches, std::shared_ptr<Confirmation> confirmation,
-           std::shared_ptr<Lanes> lanes);
+           std::shared_ptr<Board> board, std::shared_ptr<Lanes> lanes);
 
   /// GIL held. The number of this step is the same on every rank: it is part of every message.
   void run(StepInput input, uint64_t step);
@@ -75,9 +76,11 @@ class Executor {
   void forward(Stage& stage, const Instruction& instruction);
   Message receive(const Instruction& instruction);
   void send(const Instruction& instruction, Message message);
-  /// One action with what it waits for, and its times where they are recorded.
-  void run_one(size_t instruction);
+  /// One action with what it waits for on the device, and its moments there where they are recorded.
   void run_on_lanes(size_t instruction);
+  Activity activity_of(const Instruction& instruction) const;
+  void show_on_board(size_t instruction, int64_t now);
+  void show_on_board(int32_t operation);
 
   std::vector<Instruction> program_;
   std::vector<std::shared_ptr<Stage>> stages_;
@@ -93,6 +96,8 @@ class Executor {
   /// Null on a CPU.
   std::unique_ptr<StepLanes> lanes_;
   std::unique_ptr<LaneClock> clock_;
+  std::shared_ptr<Board> board_;
+  std::vector<Activity> activities_;
 
   StepInput input_;
   uint64_t step_ = 0;

@@ -14,6 +14,8 @@ namespace pp_runtime {
 namespace {
 
 constexpr size_t kMaximumDimensions = 64;
+/// More than any memory holds, and far from where sums of sizes overflow.
+constexpr size_t kMaximumBytes = size_t{1} << 48;
 
 struct EncodedFrame {
   Frame frame;
@@ -59,15 +61,27 @@ void append(std::string& bytes, const T& value) {
   bytes.append(reinterpret_cast<const char*>(&value), sizeof(T));
 }
 
+/// Whether this is the number of a dtype whose tensors can be made over given bytes.
+bool is_known(uint8_t dtype) {
+  if (dtype >= static_cast<uint8_t>(at::ScalarType::NumOptions)) {
+    return false;
+  }
+  const auto type = static_cast<at::ScalarType>(dtype);
+  return type != at::ScalarType::Undefined && !at::isQIntType(type);
+}
+
 /// The bytes of a tensor of these sizes; throws where they cannot be a tensor's.
 size_t checked_bytes(const std::vector<int64_t>& sizes, at::ScalarType dtype) {
   size_t bytes = c10::elementSize(dtype);
+  bool empty = false;
   for (const int64_t size : sizes) {
-    if (size < 0 || __builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes)) {
+    empty = empty || size == 0;
+    // The product of the other sizes is bounded also where one of them is zero: torch multiplies them all the same.
+    if (size < 0 || __builtin_mul_overflow(bytes, std::max<size_t>(size, 1), &bytes) || bytes > kMaximumBytes) {
       throw std::runtime_error("a message's description holds an impossible tensor size");
     }
   }
-  return bytes;
+  return empty ? 0 : bytes;
 }
 
 /// Throws unless the strides are those of a dense tensor: a permutation of a contiguous one.
@@ -98,12 +112,27 @@ void place(MessageSpec& spec) {
     if (tensor.defined) {
       tensor.bytes = checked_bytes(tensor.sizes, tensor.dtype);
       offset = align_up(offset + tensor.bytes, kPayloadAlignment);
+      if (offset > kMaximumBytes) {
+        throw std::runtime_error("a message's description holds more than any memory does");
+      }
     }
   }
   spec.payload_bytes = offset;
 }
 
 }  // namespace
+
+bool can_travel(const at::Tensor& tensor) {
+  if (tensor.layout() != at::kStrided || tensor.is_quantized() || tensor.is_meta()) {
+    return false;
+  }
+  try {
+    return tensor.numel() == 0 || (tensor.has_storage() && tensor.storage().data() != nullptr);
+  } catch (const c10::Error&) {
+    // Some wrappers refuse to show what they do not have.
+    return false;
+  }
+}
 
 MessageSpec MessageSpec::of(const Message& message) {
   MessageSpec spec{.frame = message.frame, .tensors = {}, .structure = message.structure};
@@ -156,7 +185,7 @@ MessageSpec MessageSpec::decode(const char* bytes, size_t size) {
   spec.tensors.resize(head.tensors);
   for (TensorSpec& tensor : spec.tensors) {
     const auto encoded = reader.take<EncodedTensor>();
-    if (encoded.dtype >= static_cast<uint8_t>(at::ScalarType::NumOptions) || encoded.dimensions > kMaximumDimensions) {
+    if (!is_known(encoded.dtype) || encoded.dimensions > kMaximumDimensions) {
       throw std::runtime_error("a message's description holds an unknown dtype or too many dimensions");
     }
     tensor.defined = encoded.defined != 0;
@@ -171,7 +200,9 @@ MessageSpec MessageSpec::decode(const char* bytes, size_t size) {
       for (int64_t& stride : tensor.strides) {
         stride = reader.take<int64_t>();
       }
-      checked_bytes(tensor.sizes, tensor.dtype);
+      if (checked_bytes(tensor.sizes, tensor.dtype) == 0) {
+        throw std::runtime_error("a message's description holds strides of an empty tensor");
+      }
       check_dense(tensor);
     }
   }
@@ -221,10 +252,11 @@ void pack(const Message& message, const MessageSpec& spec, char* payload) {
       continue;
     }
     const at::Tensor& source = message.tensors[i];
-    if ((source.is_contiguous() || !tensor.strides.empty()) && !source.is_conj() && !source.is_neg()) {
+    if (source.is_cpu() && (source.is_contiguous() || !tensor.strides.empty()) && !source.is_conj() &&
+        !source.is_neg()) {
       std::memcpy(payload + tensor.offset, source.const_data_ptr(), tensor.bytes);
     } else {
-      tensor.view(payload, [](void*) {}, source.options().requires_grad(false)).copy_(source);
+      tensor.view(payload, [](void*) {}, source.options().device(at::kCPU).requires_grad(false)).copy_(source);
     }
   }
 }

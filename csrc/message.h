@@ -34,6 +34,10 @@ struct Message {
   std::shared_ptr<LaneTicket> lane = nullptr;
 };
 
+/// Whether a tensor's values are bytes that `pack` can copy: strided, with storage of its own (a DTensor's wrapper has
+/// none).
+bool can_travel(const at::Tensor& tensor);
+
 /// Shape, dtype and gradient flag of one tensor of a message, and where its bytes lie in the packed message.
 /// A dense tensor arrives with the strides it had (so that what is computed from it is computed alike); any other
 /// arrives contiguous.
@@ -71,7 +75,7 @@ constexpr size_t kPayloadAlignment = 64;
 
 constexpr size_t align_up(size_t value, size_t alignment) { return (value + alignment - 1) / alignment * alignment; }
 
-/// Copies the tensors (of any layout, on the CPU) into `payload` at the offsets of `spec`.
+/// Copies the tensors (with any strides) into `payload` at the offsets of `spec`.
 void pack(const Message& message, const MessageSpec& spec, char* payload);
 
 }  // namespace pp_runtime

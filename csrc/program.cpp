@@ -18,6 +18,12 @@ void require(bool holds, size_t instruction, const char* what) {
 
 bool within(int32_t value, size_t count) { return value >= 0 && static_cast<size_t>(value) < count; }
 
+bool is_hand_over(Operation operation) {
+  return operation == Operation::kHandForward || operation == Operation::kHandBackward;
+}
+
+}  // namespace
+
 bool is_send(Operation operation) {
   return operation == Operation::kSendForward || operation == Operation::kSendBackward;
 }
@@ -25,12 +31,6 @@ bool is_send(Operation operation) {
 bool is_receive(Operation operation) {
   return operation == Operation::kReceiveForward || operation == Operation::kReceiveBackward;
 }
-
-bool is_hand_over(Operation operation) {
-  return operation == Operation::kHandForward || operation == Operation::kHandBackward;
-}
-
-}  // namespace
 
 std::vector<Instruction> read_program(const std::vector<int32_t>& numbers, const ProgramLimits& limits) {
   if (numbers.size() % kInstructionNumbers != 0) {
@@ -46,6 +46,8 @@ std::vector<Instruction> read_program(const std::vector<int32_t>& numbers, const
     const auto operation = static_cast<Operation>(n[0]);
     if (operation == Operation::kCall) {
       require(within(n[6], limits.callbacks), i, "a callback");
+      require(n[2] == -1 || within(n[2], limits.stages), i, "a stage");
+      require(n[3] == -1 || within(n[3], limits.microbatches), i, "a microbatch");
     } else {
       require(within(n[2], limits.stages), i, "a stage");
       require(within(n[3], limits.microbatches), i, "a microbatch");

@@ -158,7 +158,9 @@ py::object Stage::forward(size_t microbatch, PyObject* args, PyObject* kwargs) {
 void Stage::keep_outputs(Microbatch& state, const py::object& output) {
   state.outputs.clear();
   state.output_structure.clear();
-  if (!plain_tensors(output.ptr(), state.outputs)) {
+  if (!plain_tensors(output.ptr(), state.outputs) ||
+      !std::all_of(state.outputs.begin(), state.outputs.end(), can_travel)) {
+    state.outputs.clear();
     const auto flat = callbacks_.flatten(output).cast<py::tuple>();
     if (!plain_tensors(flat[0].ptr(), state.outputs)) {
       throw std::runtime_error("flatten did not give a tuple of tensors");

@@ -32,7 +32,7 @@ struct StageCallbacks {
   /// (*args, **kwargs) -> output; the module, or the module in its data-parallel context.
   pybind11::object forward;
   /// (output) -> (tuple of tensors, structure bytes): for an output that is neither a tensor nor a tuple or list of
-  /// tensors; raises where it cannot travel.
+  /// tensors, or that has a tensor that cannot travel; raises where the output cannot.
   pybind11::object flatten;
   /// (tensors, structure bytes) -> args
   pybind11::object unflatten;

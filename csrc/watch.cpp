@@ -1,22 +1,29 @@
 #include "watch.h"
 
-#include <torch/csrc/utils/pybind.h>
+#include <poll.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <sstream>
-#include <vector>
+#include <utility>
 
 namespace pp_runtime {
 
-Watch::Watch(c10::intrusive_ptr<c10d::Store> store, std::string failure_key, double deadline_seconds)
-    : store_(std::move(store)), failure_key_(std::move(failure_key)), deadline_seconds_(deadline_seconds) {}
+Watch::Watch(c10::intrusive_ptr<c10d::Store> store, std::string failure_key, double deadline_seconds,
+             std::function<void()> check_signals)
+    : store_(std::move(store)),
+      failure_key_(std::move(failure_key)),
+      deadline_seconds_(deadline_seconds),
+      check_signals_(std::move(check_signals)) {}
+
+Watch::~Watch() {
+  for (const Process& process : processes_) {
+    close(process.handle);
+  }
+}
 
 void Watch::look(Clock::time_point waiting_since) {
-  {
-    pybind11::gil_scoped_acquire gil;
-    if (PyErr_CheckSignals() != 0) {
-      throw Interrupted();
-    }
-  }
+  check_signals_();
   look_for_failure(waiting_since);
 }
 
@@ -30,23 +37,48 @@ void Watch::look_for_failure(Clock::time_point waiting_since) {
     std::ostringstream text;
     text.precision(3);
     text << "waited " << waited << " s";
-    throw WaitedTooLong(text.str());
+    throw WaitedTooLong(waited, text.str());
   }
+}
+
+void Watch::watch_process(int rank, int64_t pid) {
+  // Some kernels and sandboxes give no handle; the deadline is left then.
+  const int handle = static_cast<int>(syscall(SYS_pidfd_open, pid, 0));
+  if (handle >= 0) {
+    processes_.push_back({.rank = rank, .pid = pid, .handle = handle});
+  }
+}
+
+std::optional<int> Watch::ended() const {
+  for (const Process& process : processes_) {
+    pollfd state = {.fd = process.handle, .events = POLLIN, .revents = 0};
+    if (poll(&state, 1, 0) > 0) {
+      return process.rank;
+    }
+  }
+  return std::nullopt;
+}
+
+void Watch::throw_lost(int rank) const {
+  for (const Process& process : processes_) {
+    if (process.rank == rank) {
+      throw PeerLost(rank, "the process of rank " + std::to_string(rank) + " (pid " + std::to_string(process.pid) +
+                               ") ended without a word: it was killed, or it crashed or left");
+    }
+  }
+  throw PeerLost(rank, "the connection to rank " + std::to_string(rank) + " broke");
 }
 
 std::string Watch::failure() {
   const std::lock_guard lock(mutex_);
   if (seen_.empty()) {
-    bool there = false;
     try {
-      there = store_->check({failure_key_});
+      if (store_->check({failure_key_})) {
+        const std::vector<uint8_t> bytes = store_->get(failure_key_);
+        seen_.assign(bytes.begin(), bytes.end());
+      }
     } catch (const std::exception& error) {
-      // The store's own process is gone, and with it the rank that kept it.
-      throw PeerFailed(std::string("store lost: ") + error.what());
-    }
-    if (there) {
-      const std::vector<uint8_t> bytes = store_->get(failure_key_);
-      seen_.assign(bytes.begin(), bytes.end());
+      throw StoreLost(error.what());
     }
   }
   return seen_;
@@ -55,9 +87,13 @@ std::string Watch::failure() {
 std::string Watch::publish(const std::string& record) {
   const std::lock_guard lock(mutex_);
   if (seen_.empty()) {
-    const std::vector<uint8_t> standing =
-        store_->compareSet(failure_key_, std::vector<uint8_t>(), std::vector<uint8_t>(record.begin(), record.end()));
-    seen_.assign(standing.begin(), standing.end());
+    try {
+      const std::vector<uint8_t> standing =
+          store_->compareSet(failure_key_, std::vector<uint8_t>(), std::vector<uint8_t>(record.begin(), record.end()));
+      seen_.assign(standing.begin(), standing.end());
+    } catch (const std::exception& error) {
+      throw StoreLost(error.what());
+    }
   }
   return seen_;
 }

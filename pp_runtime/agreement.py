@@ -6,7 +6,9 @@ reach    which ranks' memory each rank can read, so that both ends of a channel 
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import time
 import weakref
 from collections.abc import Mapping
@@ -67,26 +69,65 @@ class Agreement:
         self._store = shared.store
         self._deadline = deadline
         self.watch = _C.Watch(shared.store, f"{self._prefix}/failure", deadline)
+        # Of the other ranks on this host, as they introduced themselves.
+        self.pids: dict[int, int] = {}
+
+    @property
+    def deadline(self) -> float:
+        """Seconds that this rank waits for another before it gives up and names it."""
+        return self._deadline
+
+    @deadline.setter
+    def deadline(self, seconds: float) -> None:
+        self._deadline = seconds
+        self.watch.set_deadline(seconds)
+
+    def reporter(self, board: _C.Board, patience: float) -> _C.Reporter:
+        """Starts to tell the store where this rank is once it has been there for ``patience`` seconds."""
+        return _C.Reporter(board, self._store, self._key("whereabouts", self.rank), patience)
+
+    def report_of(self, rank: int) -> str:
+        """What a rank's reporter told last; empty where it told nothing."""
+        key = self._key("whereabouts", rank)
+        try:
+            return self._store.get(key).decode(errors="replace") if self._store.check([key]) else ""
+        except RuntimeError:
+            return ""  # the store is gone, and the reports with it
 
     def exchange(self, topic: str, own: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Every rank's word on the topic, in rank order. Raises where a rank failed before it said anything."""
-        self._store.set(self._key(topic, self.rank), json.dumps(own))
+        self._store.set(self._key(topic, self.rank), json.dumps([os.getpid(), _host(), own]))
         since = time.monotonic()
         pause = 0.0005
+        words = []
         for rank in range(self.size):
-            while not self._store.check([self._key(topic, rank)]):
+            key = self._key(topic, rank)
+            while not self._store.check([key]):
                 self._look(topic, rank, since)
                 time.sleep(pause)
                 pause = min(2 * pause, 0.02)
-        return [json.loads(self._store.get(self._key(topic, rank))) for rank in range(self.size)]
+            pid, host, word = json.loads(self._store.get(key))
+            self._meet(rank, pid, host)
+            words.append(word)
+        return words
+
+    def _meet(self, rank: int, pid: int, host: str) -> None:
+        """Watch the process of another rank, if it is on this host."""
+        if rank != self.rank and rank not in self.pids and host == _host():
+            self.pids[rank] = pid
+            self.watch.watch_process(rank, pid)
 
     def _key(self, topic: str, rank: int) -> str:
         return f"{self._prefix}/{topic}/{rank}"
 
     def _look(self, topic: str, rank: int, since: float) -> None:
+        # In this order: a rank that failed tells why before it ends, and one may end once it has said its word.
+        ended = self.watch.ended()
         record = self.watch.failure()
         if record:
             raise _C.PeerFailed(record)
+        if ended is not None and not self._store.check([self._key(topic, rank)]):
+            self.watch.throw_lost(ended)
         waited = time.monotonic() - since
         if waited > self._deadline:
             raise PipelineError(
@@ -94,6 +135,16 @@ class Agreement:
                 "call step() on every rank of the group",
                 rank=rank,
             )
+
+
+@functools.cache
+def _host() -> str:
+    """Names the set of processes among which a pid means one process: this boot of this host, and the pid namespace."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as boot:
+            return f"{boot.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"unknown, pid {os.getpid()}"
 
 
 def _group_store(group: dist.ProcessGroup) -> _GroupStore:

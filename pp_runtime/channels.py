@@ -20,6 +20,7 @@ from .communicators import Communicators, check_sequences, chosen_communicators
 from .errors import PipelineUsageError
 from .lanes import lanes_for
 from .lowering import Channel
+from .whereabouts import Lookout
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -37,14 +38,15 @@ _TAGS_A_RUNTIME = 4 * _MOST_STAGES * _MOST_STAGES
 
 @dataclass(frozen=True, slots=True)
 class OpenChannels:
-    """The ends of this rank's channels, and how the ranks confirm the end of a step; None where there is one rank.
+    """The ends of this rank's channels, how the ranks confirm the end of a step, and where each shows what it does.
 
-    ``lanes`` is None on a CPU, and where there is one rank.
+    Without other ranks there is nobody to confirm it with or to show it to. On a CPU there are no lanes.
     """
 
     senders: dict[Channel, _C.SendChannel]
     receivers: dict[Channel, _C.ReceiveChannel]
     confirmation: _C.Confirmation | None
+    lookout: Lookout | None
     lanes: _C.Lanes | None
 
 
@@ -66,7 +68,7 @@ def open_channels(
 ) -> OpenChannels:
     """Open both tables of channels. Every rank of the group must call it, at the same point."""
     if agreement.size == 1:
-        return OpenChannels({}, {}, None, None)
+        return OpenChannels({}, {}, None, None, None)
     chosen = chosen_transport()
     lanes = lanes_for(device)
     may_share = lanes is None and chosen != "c10d"
@@ -79,6 +81,7 @@ def open_channels(
         if may_share
     }
     bells = _C.SharedConfirmation.make(agreement.size) if may_share and agreement.rank == 0 else None
+    board = _C.Board.make(agreement.size) if may_share and agreement.rank == 0 else None
     words = agreement.exchange(
         "offer",
         {
@@ -86,6 +89,7 @@ def open_channels(
             "token": str(token),
             "fd": visible.fd if visible is not None else -1,
             "bells": bells.fd if bells is not None else -1,
+            "board": board.fd if board is not None else -1,
             "cores": sorted(os.sched_getaffinity(0)),
             "threads": torch.get_num_threads(),
             "channels": {_key(channel): sender.fd for channel, sender in offered.items()},
@@ -127,13 +131,23 @@ def open_channels(
     def confirmation() -> _C.Confirmation:
         if c10d is not None and not everybody_shares:
             return c10d.confirmation(agreement.size, agreement.rank)
-        pids = [word["pid"] for word in words]
-        return _C.SharedConfirmation(pids[0], words[0]["bells"], pids, agreement.rank, agreement.watch, spin)
+        return _C.SharedConfirmation(
+            words[0]["pid"], words[0]["bells"], agreement.size, agreement.rank, agreement.watch, spin
+        )
+
+    def lookout() -> Lookout:
+        segment = (
+            _C.Board.open(words[0]["pid"], words[0]["board"], agreement.size)
+            if everybody_shares
+            else _C.Board.make(agreement.size)
+        )
+        return Lookout(agreement, _C.Board(segment, agreement.size, agreement.rank), shared=everybody_shares)
 
     opened = OpenChannels(
         {channel: sender(channel) for channel in senders},
         {channel: receiver(channel) for channel in receivers},
         confirmation(),
+        lookout(),
         lanes,
     )
     # The token and the offers must live until every peer has opened them.

@@ -54,7 +54,7 @@ def _rebuild_pipeline_error(kind: type[PipelineError], reason: str, attributes: 
 
 
 class StageOutputError(PipelineError):
-    """A stage's output cannot be sent or used: something in it is not a tensor."""
+    """A stage's output cannot be sent to the next stage; the message names what in it, and why."""
 
 
 class PipelineUsageError(ValueError):

@@ -13,7 +13,10 @@ _LONGEST_TRACEBACK = 8000
 
 @dataclass(frozen=True, slots=True)
 class FailureRecord:
-    """Where and why a rank failed. ``action`` is the text of the action it was in, None outside a step."""
+    """Where and why a rank failed. ``action`` is the text of the action it was in, None outside a step.
+
+    ``kind`` is the error's class; empty where others tell it of a rank that cannot.
+    """
 
     rank: int
     kind: str
@@ -53,7 +56,7 @@ class FailureRecord:
     def error(self, waiting_for: str | None = None) -> PipelineError:
         """The error that another rank raises for it."""
         return PipelineError(
-            f"{self.kind}: {self.reason}",
+            f"{self.kind}: {self.reason}" if self.kind else self.reason,
             rank=self.rank if self.rank >= 0 else None,
             stage=self.stage,
             microbatch=self.microbatch,

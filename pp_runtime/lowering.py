@@ -129,7 +129,8 @@ class Lowering:
             self._message(stage, kind, microbatch)
 
     def _call(self, handler: Handler, action: Action) -> None:
-        self._emit(_CALL, -1, -1, callback=len(self._lowered.callbacks))
+        stage = action.stage_index if action.stage_index in self._slots else -1
+        self._emit(_CALL, stage, action.microbatch_index, callback=len(self._lowered.callbacks))
         self._lowered.callbacks.append(partial(handler, action))
         self._lowered.callback_names.append(str(action))
 

@@ -1,46 +1,157 @@
-"""What a stage's output may be, and how it is told when it cannot travel."""
+"""How a stage's output travels when it is not just tensors: dicts, dataclasses, nestings, numbers and text among them.
+
+    {"hidden": t0, "scale": 2}   ->   tensors (t0,)   structure: the pickle of ({"hidden": <0>, "scale": 2},)
+
+The tensors travel as those of any message; the rest is pickled around them, with a tensor's place in the message where
+the tensor was. Pickling walks the output once, in C, which is quicker than to look up whether its structure is known;
+it also gives the receiver objects of its own each time, as the sender's stage did.
+"""
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from typing import Any, NoReturn
 
 import torch
 
+from . import _C
 from .errors import StageOutputError
 
 
-def refuse_output(stage_index: int) -> Callable[[Any], NoReturn]:
-    """What the runtime calls for an output of this stage that is neither a tensor nor a tuple or list of tensors."""
+class _Pickler(pickle.Pickler):
+    """Leaves the tensors out, each once, and keeps them."""
 
-    def refuse(output: Any) -> NoReturn:
-        raise StageOutputError(
-            f"{_first_offender(output)}; a stage hands tensors to the next one: return a tensor or a tuple of tensors",
-            stage=stage_index,
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self.tensors: list[torch.Tensor] = []
+        self._places: dict[int, int] = {}
+
+    def persistent_id(self, value: Any) -> int | None:
+        if not isinstance(value, torch.Tensor):
+            return None
+        place = self._places.setdefault(id(value), len(self.tensors))
+        if place == len(self.tensors):
+            self.tensors.append(value)
+        return place
+
+
+class _Unpickler(pickle.Unpickler):
+    """Puts the tensors back in."""
+
+    def __init__(self, file: io.BytesIO, tensors: tuple[torch.Tensor, ...]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_load(self, place: int) -> torch.Tensor:
+        return self._tensors[place]
+
+
+def flatten_output(stage_index: int) -> Callable[[Any], tuple[tuple[torch.Tensor, ...], bytes]]:
+    """What the runtime calls for an output of this stage that is not only tensors that can be sent.
+
+    Returns the tensors, and the structure around them. Raises StageOutputError where something in it cannot travel.
+    """
+
+    def flatten(output: Any) -> tuple[tuple[torch.Tensor, ...], bytes]:
+        args = _normalize_model_output_as_tuple(output)
+        file = io.BytesIO()
+        pickler = _Pickler(file)
+        try:
+            pickler.dump(args)
+        except Exception as error:  # whatever an object's own __reduce__ raises
+            _refuse(stage_index, output, error)
+        if not pickler.tensors or not all(map(_C.can_travel, pickler.tensors)):
+            _refuse(stage_index, output, None)
+        return tuple(pickler.tensors), file.getvalue()
+
+    return flatten
+
+
+def rebuild_args(stage_index: int) -> Callable[[tuple[torch.Tensor, ...], bytes], tuple[Any, ...]]:
+    """What the runtime calls for the inputs of this stage that came with a structure; returns its positional inputs."""
+
+    def rebuild(tensors: tuple[torch.Tensor, ...], structure: bytes) -> tuple[Any, ...]:
+        try:
+            return _Unpickler(io.BytesIO(structure), tensors).load()
+        except Exception as error:  # whatever an object's own __setstate__ raises, or a class that is not here
+            raise StageOutputError(
+                f"what stage {stage_index} receives cannot be rebuilt on this rank: {type(error).__name__}: {error}",
+                stage=stage_index,
+            ) from error
+
+    return rebuild
+
+
+def tensors_and_structure(output: Any, stage_index: int) -> tuple[list[torch.Tensor], bytes]:
+    """An output as the runtime hands it over; the structure is empty for a plain tuple of tensors."""
+    args = _normalize_model_output_as_tuple(output)
+    if all(isinstance(value, torch.Tensor) for value in args):
+        return list(args), b""
+    tensors, structure = flatten_output(stage_index)(output)
+    return list(tensors), structure
+
+
+def _refuse(stage_index: int, output: Any, error: Exception | None) -> NoReturn:
+    found = _first_offender(output, "the output")
+    if found is not None:
+        where, why = found
+    elif error is not None:
+        where, why = f"the output, a {type(output).__name__},", f"cannot be pickled: {type(error).__name__}: {error}"
+    else:
+        where, why = "the output", f"is {_kind(output)}, in which there is no tensor: return one"
+    raise StageOutputError(f"{where} of stage {stage_index} {why}", stage=stage_index) from error
+
+
+def _first_offender(value: Any, path: str) -> tuple[str, str] | None:
+    """The path to the first thing in an output that cannot travel, and why; None where nothing is found."""
+    if isinstance(value, torch.Tensor):
+        return (
+            None if _C.can_travel(value) else (path, f"is {_kind(value)}, which cannot be sent as it is{_mend(value)}")
         )
+    for name, item in _items(value):
+        if (found := _first_offender(item, path + name)) is not None:
+            return found
+    if _items(value):
+        return None
+    try:
+        pickle.dumps(value)
+    except Exception as error:  # as above
+        return path, f"is {_kind(value)}, which cannot be sent to another rank: {error}"
+    return None
 
-    return refuse
 
-
-def refuse_structure(_args: tuple, _structure: bytes) -> NoReturn:
-    """Messages carry plain tuples of tensors, so there is nothing to rebuild."""
-    raise StageOutputError("a message came with a structure, which this version does not send")
-
-
-def _first_offender(output: Any) -> str:
-    if isinstance(output, (tuple, list)):
-        for position, item in enumerate(output):
-            if not isinstance(item, torch.Tensor):
-                return f"output {position} of the stage is {_kind(item)}, not a tensor"
-    return f"the stage returned {_kind(output)}"
+def _items(value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [(f"[{key!r}]", item) for key, item in value.items()]
+    if isinstance(value, (tuple, list)):
+        return [(f"[{place}]", item) for place, item in enumerate(value)]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [(f".{field.name}", getattr(value, field.name)) for field in fields(value)]
+    return []
 
 
 def _kind(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+    if value is None:
+        return "None"
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__}"
+    layout = "" if value.layout is torch.strided else f" of layout {value.layout}"
+    return f"a {type(value).__name__}{layout} on {value.device}"
+
+
+def _mend(tensor: torch.Tensor) -> str:
+    if hasattr(tensor, "to_local"):
+        return ": return its to_local()"
+    if tensor.layout is not torch.strided:
+        return ": return its to_dense(), or its parts"
+    return ""
 
 
 def _normalize_model_output_as_tuple(output: Any) -> tuple[Any, ...]:
-    """A stage's output as a tuple of its items: ``x`` is ``(x,)``, and a list is the tuple of it."""
-    if isinstance(output, list):
+    """A stage's output as the next one's positional inputs: ``x`` is ``(x,)``, and a list is the tuple of it."""
+    if type(output) is list:
         return tuple(output)
-    return output if isinstance(output, tuple) else (output,)
+    return output if type(output) is tuple else (output,)

@@ -72,13 +72,29 @@ class Plan:
         *,
         has_backward: bool = True,
         with_comms: bool = False,
+        rebuild_order: Callable[[], Order] | None = None,
     ) -> None:
-        self.order = order
+        self._held: Order | None = order
+        self._build = rebuild_order
         self.placement = placement
         self.num_microbatches = num_microbatches
         self.wiring = wiring
         self._has_backward = has_backward
         self._with_comms = with_comms
+
+    @property
+    def order(self) -> Order:
+        """The compute actions of all ranks."""
+        if self._held is None and self._build is not None:
+            self._held = self._build()
+        return self._held or {}
+
+    def release(self) -> None:
+        """Drop the orders of all ranks, where they can be built again: to run, a rank needs its own program only."""
+        if self._build is not None:
+            self._held = None
+            self.__dict__.pop("with_communication", None)
+            self.__dict__.pop("forward_only", None)
 
     @cached_property
     def with_communication(self) -> Order:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,9 @@ import torch
 from . import _C
 from .agreement import Agreement, Claim, check_claims
 from .channels import OpenChannels, open_channels
-from .errors import PipelineError, PipelineModeError
+from .deadline import checked_deadline, default_deadline
+from .endings import end_of_step
+from .errors import PipelineModeError
 from .failures import FailureRecord
 from .ir import ActionType, Order, Placement
 from .lowering import Lowered
@@ -23,9 +24,6 @@ from .timeline import Timeline
 
 if TYPE_CHECKING:
     from .stage import _PipelineStageBase
-
-# Seconds that a rank waits for another before it gives up and names it.
-DEFAULT_DEADLINE = 1800.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +53,11 @@ class Runtime:
         has_backward: bool = True,
         with_comms: bool = False,
         custom_functions: Mapping[ActionType, Callable[..., None]] | None = None,
-        schedule: object = None,
+        rebuild_order: Callable[[], Order] | None = None,
     ) -> None:
         self._stages = sorted(stages, key=lambda stage: stage.stage_index)
         self._loss_fn = loss_fn
         self._has_backward = has_backward
-        self._schedule = schedule
         self._rank = stages[0].group_rank
         self._group = stages[0].group
         self._plan = Plan(
@@ -70,14 +67,16 @@ class Runtime:
             Wiring.of(self._stages),
             has_backward=has_backward,
             with_comms=with_comms,
+            rebuild_order=rebuild_order,
         )
         self._handlers = handlers_of(self._stages, custom_functions or {})
         self._agreement: Agreement | None = None
-        self._open_channels: OpenChannels | None = None
+        self._channels: OpenChannels | None = None
         self._executors: dict[bool, _C.Executor] = {}
         self._step = 0
         self._over = False
         self._recording = False
+        self._deadline = default_deadline()
         self._last: _C.Executor | None = None
         self._meter: Meter | None = None
 
@@ -99,7 +98,8 @@ class Runtime:
         try:
             if measuring:
                 self._set_meter(Meter())
-            executor = self._last = self._executor(training, self._begin())
+            self._begin()
+            executor = self._last = self._executors[training]
             executor.run(
                 self._step, arg_mbs, kwarg_mbs, target_mbs, self._loss_fn, loss_kwargs, training, return_outputs
             )
@@ -119,12 +119,25 @@ class Runtime:
         """Tell the other ranks that this one cannot take part in the step, and why."""
         self._over = True
         if self._agreement is None:
-            self._agreement = Agreement(self._group, _deadline())
+            self._agreement = Agreement(self._group, self._deadline)
         self._agreement.watch.publish(FailureRecord.of(error, self._rank).to_text())
 
     def over(self) -> bool:
         """Whether a failure ended this runtime."""
         return self._over
+
+    @property
+    def deadline(self) -> float:
+        """Seconds that this rank waits for another before it raises an error that says who waits for whom."""
+        return self._deadline
+
+    @deadline.setter
+    def deadline(self, seconds: float) -> None:
+        self._deadline = checked_deadline(seconds, "deadline")
+        if self._agreement is not None:
+            self._agreement.deadline = seconds
+        if self._channels is not None and self._channels.lookout is not None:
+            self._channels.lookout.deadline_changed()
 
     # Timeline
 
@@ -157,7 +170,9 @@ class Runtime:
                 "stage, or call it after the first step"
             )
         loads = self._meter.loads(plan.wiring, self._stages)
-        return plan_memory(plan, loads, [self._rank], torch_keeps_sent=torch_keeps_sent)
+        report = plan_memory(plan, loads, [self._rank], torch_keeps_sent=torch_keeps_sent)
+        plan.release()
+        return report
 
     def _set_meter(self, meter: Meter | None) -> None:
         """Measure what the stages take and give, from now on or no more; it costs, so one step does it."""
@@ -168,29 +183,33 @@ class Runtime:
 
     # Beginning and end
 
-    def _begin(self) -> OpenChannels:
+    def _begin(self) -> None:
         if self._over:
             raise PipelineModeError("an earlier step of this schedule failed: make a new schedule")
-        if self._open_channels is None:
-            self._open_channels = self._open()
+        if not self._executors:
+            self._open()
         for stage in self._stages:
             stage.refresh()
-        return self._open_channels
 
-    def _open(self) -> OpenChannels:
+    def _open(self) -> None:
         if self._agreement is None:
-            self._agreement = Agreement(self._group, _deadline())
+            self._agreement = Agreement(self._group, self._deadline)
         self._check_claims(self._agreement)
+        programs = {
+            training: self._plan.lower(self._rank, training=training, handlers=self._handlers)
+            for training in {self._has_backward, False}
+        }
         # The training program's channels serve evaluations too: those use some of them.
-        lowered = self._lowered(training=self._has_backward)
-        return open_channels(
+        self._channels = channels = open_channels(
             self._agreement,
             self._group,
             self._stages[0].device,
-            lowered.send_channels,
-            lowered.receive_channels,
+            programs[self._has_backward].send_channels,
+            programs[self._has_backward].receive_channels,
             self._plan,
         )
+        self._executors = {training: self._build(lowered, channels) for training, lowered in programs.items()}
+        self._plan.release()
 
     def _check_claims(self, agreement: Agreement) -> None:
         plan = self._plan
@@ -210,14 +229,6 @@ class Runtime:
             ]
         )
 
-    def _lowered(self, *, training: bool) -> Lowered:
-        return self._plan.lower(self._rank, training=training, handlers=self._handlers)
-
-    def _executor(self, training: bool, channels: OpenChannels) -> _C.Executor:
-        if training not in self._executors:
-            self._executors[training] = self._build(self._lowered(training=training), channels)
-        return self._executors[training]
-
     def _build(self, lowered: Lowered, channels: OpenChannels) -> _C.Executor:
         executor = _C.Executor(
             lowered.numbers,
@@ -229,6 +240,7 @@ class Runtime:
             lowered.callback_names,
             self._plan.num_microbatches,
             channels.confirmation,
+            None if channels.lookout is None else channels.lookout.board,
             channels.lanes,
         )
         executor.set_recording(self._recording)
@@ -237,25 +249,14 @@ class Runtime:
     def _end(self, error: BaseException, executor: _C.Executor | None) -> BaseException:
         """What to raise for an error on this rank, after every other rank was told of it."""
         self._over = True
-        place = _place(executor)
+        lookout = self._channels.lookout if self._channels is not None else None
+        raised = end_of_step(error, _place(executor), self._agreement, lookout)
         if executor is not None:
             executor.clear()
             # Some microbatches' gradients are in and others are not, so none are left for an optimizer to use.
             for stage in self._stages:
                 stage.submod.zero_grad(set_to_none=True)
-        waiting_for = place.get("action", "the other ranks")
-        if isinstance(error, _C.PeerFailed):
-            return FailureRecord.from_text(str(error)).error(waiting_for)
-        if self._agreement is None:
-            return error
-        own = FailureRecord.of(error, self._rank, **place)
-        standing = FailureRecord.from_text(self._agreement.watch.publish(own.to_text()))
-        if isinstance(error, (_C.PeerLost, _C.WaitedTooLong)):
-            return standing.error(waiting_for)
-        if place and not isinstance(error, PipelineError):
-            facts = ", ".join(f"{name} {value}" for name, value in place.items() if value is not None)
-            error.add_note(f"pp_runtime: on rank {self._rank}, {facts}")
-        return error
+        return raised
 
 
 def _place(executor: _C.Executor | None) -> dict[str, Any]:
@@ -269,10 +270,6 @@ def _place(executor: _C.Executor | None) -> dict[str, Any]:
         "microbatch": microbatch if microbatch >= 0 else None,
         "action": executor.text_of(position),
     }
-
-
-def _deadline() -> float:
-    return float(os.environ.get("PP_RUNTIME_DEADLINE", DEFAULT_DEADLINE))
 
 
 def _fingerprint(order: Order) -> str:

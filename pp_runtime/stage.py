@@ -12,7 +12,7 @@ import torch.distributed as dist
 from . import _C
 from .data_parallel import DataParallelAdapter, adapter_for
 from .errors import PipelineModeError, PipelineTypeError, PipelineUsageError
-from .payload import _normalize_model_output_as_tuple, refuse_output, refuse_structure
+from .payload import flatten_output, rebuild_args, tensors_and_structure
 
 if TYPE_CHECKING:
     from .memory_report import Meter
@@ -100,8 +100,8 @@ class _PipelineStageBase:
         forward = self.submod if adapter is None else _in_context(self.submod, adapter)
         return _C.StageCallbacks(
             forward=forward if self._meter is None else self._meter.around(self.stage_index, forward),
-            flatten=refuse_output(self.stage_index),
-            unflatten=refuse_structure,
+            flatten=flatten_output(self.stage_index),
+            unflatten=rebuild_args(self.stage_index),
             before_backward=None if adapter is None else adapter.before_backward,
             after_backward=None if adapter is None else adapter.after_backward,
             dw_builder=self.dw_builder,
@@ -144,7 +144,8 @@ class _PipelineStageBase:
 
     def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
         """Give this stage the output of the stage before it, which is on the same rank."""
-        self._core.accept_activation(mb_index, list(_normalize_model_output_as_tuple(prev_stage_outputs)))
+        tensors, structure = tensors_and_structure(prev_stage_outputs, self.stage_index - 1)
+        self._core.accept_activation(mb_index, tensors, structure)
 
     def get_local_bwd_output(self, mb_index: int) -> tuple[torch.Tensor | None, ...]:
         """The gradients of this stage's inputs, for the stage before it; a second call finds none."""

@@ -59,11 +59,11 @@ class FakeRuntime:
         has_backward: bool = True,
         with_comms: bool = False,
         custom_functions: dict[Any, Callable[..., None]] | None = None,
-        schedule: Any = None,
+        rebuild_order: Callable[[], Order] | None = None,
     ) -> None:
         self.stages, self.order, self.placement = list(stages), order, placement
         self.loss_fn, self.has_backward, self.with_comms = loss_fn, has_backward, with_comms
-        self.custom_functions, self.schedule = custom_functions or {}, schedule
+        self.custom_functions, self.rebuild_order = custom_functions or {}, rebuild_order
         self.record_timeline = False
         self.steps: list[dict[str, Any]] = []
         self.refused: list[Exception] = []

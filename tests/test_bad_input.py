@@ -174,7 +174,7 @@ CASES: dict[Callable[[int], None], str] = {
     losses_that_are_no_list: r"losses",
     a_loss_that_is_no_scalar: r"loss|scalar",
     an_output_that_is_a_dict: r"dict",
-    a_number_among_the_outputs: r"int",
+    a_number_among_the_outputs: r"positional arguments",
     no_microbatches: r"n_microbatches",
     a_microbatch_count_of_text: r"n_microbatches",
     a_stage_index_out_of_range: r"2",

@@ -19,6 +19,9 @@ namespace pp_runtime {
 ///
 /// A wait in gloo cannot be given a time-out of its own (gloo would close its connections), so a thread of the guard's
 /// own looks at the watch meanwhile and aborts the work. One guard a runtime; it sleeps while nobody waits.
+///
+/// Signals can only be asked for on the waiting thread. Gloo's `abort` does no more than end the wait, which may then
+/// begin again, so in gloo the guard wakes that thread now and then to ask.
 class WaitGuard {
  public:
   explicit WaitGuard(std::shared_ptr<Watch> watch);
@@ -31,6 +34,9 @@ class WaitGuard {
 
  private:
   void run();
+  /// What the backend said where the work failed, else an empty text.
+  std::string wait_between_signals(const c10::intrusive_ptr<c10d::Work>& work);
+  [[noreturn]] void report_broken_connection(int peer, const std::string& error);
 
   std::shared_ptr<Watch> watch_;
   std::mutex mutex_;
@@ -38,6 +44,7 @@ class WaitGuard {
   c10::intrusive_ptr<c10d::Work> waited_for_;
   Watch::Clock::time_point since_;
   std::exception_ptr reason_;
+  bool woken_ = false;
   bool stopping_ = false;
   std::thread thread_;
 };
@@ -62,6 +69,7 @@ class C10dSendChannel : public SendChannel {
   C10dSendChannel(C10dPath path, std::shared_ptr<Watch> watch, std::shared_ptr<WaitGuard> guard);
   ~C10dSendChannel() override;
 
+  int peer() const override { return path_.peer; }
   void send(Message message) override;
   void finish_step() override;
 
@@ -95,6 +103,7 @@ class C10dReceiveChannel : public ReceiveChannel {
   C10dReceiveChannel(C10dPath path, std::shared_ptr<Watch> watch, std::shared_ptr<WaitGuard> guard);
   ~C10dReceiveChannel() override;
 
+  int peer() const override { return path_.peer; }
   void begin_step(size_t messages) override;
   Message receive() override;
 

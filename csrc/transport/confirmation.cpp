@@ -1,10 +1,10 @@
 #include "transport/confirmation.h"
 
-#include <ATen/Functions.h>
-
-#include <unistd.h>
+#include "message.h"
 
 #include <new>
+#include <stdexcept>
+#include <utility>
 
 namespace pp_runtime {
 
@@ -16,23 +16,11 @@ std::shared_ptr<Segment> SharedConfirmation::make(size_t ranks) {
   return segment;
 }
 
-SharedConfirmation::SharedConfirmation(std::shared_ptr<Segment> segment, std::vector<Peer> ranks, size_t own_rank,
+SharedConfirmation::SharedConfirmation(std::shared_ptr<Segment> segment, size_t ranks, size_t own_rank,
                                        std::shared_ptr<Watch> watch, SpinTime spin)
-    : segment_(std::move(segment)),
-      ranks_(std::move(ranks)),
-      own_rank_(own_rank),
-      watch_(std::move(watch)),
-      spin_(spin) {
-  for (const Peer& peer : ranks_) {
-    handles_.push_back(open_process(peer.pid));
-  }
-}
-
-SharedConfirmation::~SharedConfirmation() {
-  for (const int handle : handles_) {
-    if (handle >= 0) {
-      close(handle);
-    }
+    : segment_(std::move(segment)), ranks_(ranks), own_rank_(own_rank), watch_(std::move(watch)), spin_(spin) {
+  if (segment_->bytes() / kPayloadAlignment < ranks_ || own_rank_ >= ranks_) {
+    throw std::runtime_error("the segment for the end of a step is too small for " + std::to_string(ranks_) + " ranks");
   }
 }
 
@@ -42,40 +30,13 @@ void SharedConfirmation::confirm() {
   };
   ++steps_;
   bell(own_rank_).raise();
-  for (size_t rank = 0; rank < ranks_.size(); ++rank) {
+  for (size_t rank = 0; rank < ranks_; ++rank) {
     // Counts of a step are passed on the way to the next one's, so a count ahead of ours is fine; it wraps around.
     const auto arrived = [&] {
       return static_cast<int32_t>(bell(rank).count.load(std::memory_order_acquire) - steps_) >= 0;
     };
-    wait_for_peer(ranks_[rank], handles_[rank], *watch_, spin_, arrived,
-                  [&](std::chrono::nanoseconds spin) { bell(rank).wait(steps_ - 1, spin, Watch::kInterval); });
-  }
-}
-
-C10dConfirmation::C10dConfirmation(C10dPath path, int ranks, int own_rank, std::shared_ptr<WaitGuard> guard)
-    : path_(std::move(path)), ranks_(ranks), own_rank_(own_rank), guard_(std::move(guard)) {}
-
-void C10dConfirmation::send(int peer) {
-  std::vector<at::Tensor> word = {at::zeros({1}, at::kByte)};
-  guard_->wait(path_.group->send(word, peer, path_.tag), peer);
-}
-
-void C10dConfirmation::receive(int peer) {
-  std::vector<at::Tensor> word = {at::zeros({1}, at::kByte)};
-  guard_->wait(path_.group->recv(word, peer, path_.tag), peer);
-}
-
-void C10dConfirmation::confirm() {
-  if (own_rank_ != 0) {
-    send(0);
-    receive(0);
-    return;
-  }
-  for (int rank = 1; rank < ranks_; ++rank) {
-    receive(rank);
-  }
-  for (int rank = 1; rank < ranks_; ++rank) {
-    send(rank);
+    wait_for_peers(*watch_, spin_, arrived,
+                   [&](std::chrono::nanoseconds spin) { bell(rank).wait(steps_ - 1, spin, Watch::kInterval); });
   }
 }
 

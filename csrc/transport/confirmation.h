@@ -1,12 +1,10 @@
 #pragma once
 
-#include "transport/c10d.h"
 #include "transport/doorbell.h"
+#include "transport/peer.h"
 #include "transport/segment.h"
-#include "transport/shared_memory.h"
 
 #include <memory>
-#include <vector>
 
 namespace pp_runtime {
 
@@ -27,38 +25,19 @@ class SharedConfirmation : public Confirmation {
  public:
   /// The segment itself; the others open it by its descriptor.
   static std::shared_ptr<Segment> make(size_t ranks);
-  SharedConfirmation(std::shared_ptr<Segment> segment, std::vector<Peer> ranks, size_t own_rank,
-                     std::shared_ptr<Watch> watch, SpinTime spin);
-  ~SharedConfirmation() override;
+  /// `segment` may come from another process; throws std::runtime_error where it is too small for the ranks.
+  SharedConfirmation(std::shared_ptr<Segment> segment, size_t ranks, size_t own_rank, std::shared_ptr<Watch> watch,
+                     SpinTime spin);
 
   void confirm() override;
 
  private:
   std::shared_ptr<Segment> segment_;
-  std::vector<Peer> ranks_;
-  std::vector<int> handles_;
+  size_t ranks_;
   size_t own_rank_;
   std::shared_ptr<Watch> watch_;
   SpinTime spin_;
   uint32_t steps_ = 0;
-};
-
-/// Through a process group: every rank tells rank 0, and rank 0 tells every rank.
-class C10dConfirmation : public Confirmation {
- public:
-  /// `path.peer` is not used.
-  C10dConfirmation(C10dPath path, int ranks, int own_rank, std::shared_ptr<WaitGuard> guard);
-
-  void confirm() override;
-
- private:
-  void send(int peer);
-  void receive(int peer);
-
-  C10dPath path_;
-  int ranks_;
-  int own_rank_;
-  std::shared_ptr<WaitGuard> guard_;
 };
 
 }  // namespace pp_runtime

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <optional>
 
 namespace pp_runtime {
 
@@ -18,24 +19,28 @@ struct SpinTime {
   std::chrono::nanoseconds value{0};
 };
 
-/// A handle by which a process's end is seen, also one that nobody has reaped; -1 where the kernel gives none.
-int open_process(int64_t pid);
-bool has_ended(int handle);
-[[noreturn]] void throw_lost(const Peer& peer);
-
-/// Calls `sleep(spin)` until `done()`. Between sleeps it looks at the watch, and whether the peer lives.
-/// `done` is asked after the peer was: one that did its part and ended is no loss.
+/// Calls `sleep(spin)` until `done()`. Between sleeps it looks at the watch, and whether the ranks of this host live:
+/// also one that this rank does not wait for, since somebody does.
+/// `done` is asked after the processes were: one that did its part and ended is no loss.
 template <typename Done, typename Sleep>
-void wait_for_peer(const Peer& peer, int handle, Watch& watch, SpinTime spin, const Done& done, const Sleep& sleep) {
+void wait_for_peers(Watch& watch, SpinTime spin, const Done& done, const Sleep& sleep) {
   if (done()) {
     return;
   }
   const auto since = Watch::Clock::now();
   sleep(spin.value);
   while (!done()) {
-    watch.look(since);
-    if (has_ended(handle) && !done()) {
-      throw_lost(peer);
+    const std::optional<int> ended = watch.ended();
+    try {
+      watch.look(since);
+    } catch (const StoreLost&) {
+      // The process that keeps the store may be the rank that ended.
+      if (!ended) {
+        throw;
+      }
+    }
+    if (ended && !done()) {
+      watch.throw_lost(*ended);
     }
     sleep(std::chrono::nanoseconds(0));
   }

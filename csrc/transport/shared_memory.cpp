@@ -2,8 +2,6 @@
 
 #include <ATen/Functions.h>
 
-#include <unistd.h>
-
 #include <array>
 #include <cstring>
 #include <mutex>
@@ -55,18 +53,11 @@ SharedSendChannel::SharedSendChannel(uint32_t credits, std::string name, std::sh
   head_->magic = kMagic;
 }
 
-SharedSendChannel::~SharedSendChannel() {
-  if (peer_handle_ >= 0) {
-    close(peer_handle_);
-  }
-}
-
 int SharedSendChannel::fd() const { return control_->fd(); }
 
 void SharedSendChannel::connect(Peer receiver, SpinTime spin) {
   peer_ = receiver;
   spin_ = spin;
-  peer_handle_ = open_process(receiver.pid);
 }
 
 void SharedSendChannel::collect_returns() {
@@ -121,8 +112,8 @@ uint32_t SharedSendChannel::take_block(size_t bytes) {
     collect_returns();
     return !free_.empty() || (Watch::Clock::now() - since > kPatience && grow(block_bytes_));
   };
-  wait_for_peer(peer_, peer_handle_, *watch_, spin_, has_block,
-                [&](std::chrono::nanoseconds spin) { head_->returns.wait(returns_read_, spin, Watch::kInterval); });
+  wait_for_peers(*watch_, spin_, has_block,
+                 [&](std::chrono::nanoseconds spin) { head_->returns.wait(returns_read_, spin, Watch::kInterval); });
   const uint32_t id = free_.back();
   free_.pop_back();
   return id;
@@ -202,16 +193,9 @@ SharedReceiveChannel::SharedReceiveChannel(Peer sender, int fd, std::string name
       returns_(std::make_shared<BlockReturns>(control_)),
       name_(std::move(name)),
       watch_(std::move(watch)),
-      spin_(spin),
-      peer_handle_(open_process(sender.pid)) {
+      spin_(spin) {
   if (head_->magic != kMagic) {
     throw std::runtime_error("the shared memory of channel " + name_ + " was not made by pp_runtime");
-  }
-}
-
-SharedReceiveChannel::~SharedReceiveChannel() {
-  if (peer_handle_ >= 0) {
-    close(peer_handle_);
   }
 }
 
@@ -234,8 +218,8 @@ char* SharedReceiveChannel::block(uint32_t segment, size_t offset, size_t bytes)
 
 Message SharedReceiveChannel::receive() {
   const auto has_message = [&] { return head_->messages.count.load(std::memory_order_acquire) != taken_; };
-  wait_for_peer(peer_, peer_handle_, *watch_, spin_, has_message,
-                [&](std::chrono::nanoseconds spin) { head_->messages.wait(taken_, spin, Watch::kInterval); });
+  wait_for_peers(*watch_, spin_, has_message,
+                 [&](std::chrono::nanoseconds spin) { head_->messages.wait(taken_, spin, Watch::kInterval); });
   const Descriptor descriptor = head_->descriptors[taken_++ % kRingEntries];
   char* bytes = block(descriptor.segment, descriptor.offset, descriptor.total_bytes);
   if (descriptor.description_bytes > descriptor.total_bytes) {

@@ -21,13 +21,12 @@ struct ChannelHead;
 class SharedSendChannel : public SendChannel {
  public:
   SharedSendChannel(uint32_t credits, std::string name, std::shared_ptr<Watch> watch);
-  ~SharedSendChannel() override;
-
   /// What the receiver needs to open it.
   int fd() const;
   /// Whom the channel leads to; before the first send.
   void connect(Peer receiver, SpinTime spin);
 
+  int peer() const override { return peer_.rank; }
   void send(Message message) override;
   void finish_step() override {}
 
@@ -59,7 +58,6 @@ class SharedSendChannel : public SendChannel {
   std::shared_ptr<Watch> watch_;
   Peer peer_;
   SpinTime spin_;
-  int peer_handle_ = -1;
 };
 
 class BlockReturns;
@@ -69,8 +67,8 @@ class BlockReturns;
 class SharedReceiveChannel : public ReceiveChannel {
  public:
   SharedReceiveChannel(Peer sender, int fd, std::string name, std::shared_ptr<Watch> watch, SpinTime spin);
-  ~SharedReceiveChannel() override;
 
+  int peer() const override { return peer_.rank; }
   void begin_step(size_t) override {}
   Message receive() override;
 
@@ -86,7 +84,6 @@ class SharedReceiveChannel : public ReceiveChannel {
   std::string name_;
   std::shared_ptr<Watch> watch_;
   SpinTime spin_;
-  int peer_handle_ = -1;
 };
 
 /// The word by which ranks find out whether they share memory: a random token in a segment that a peer tries to read.

@@ -10,6 +10,9 @@ class SendChannel {
  public:
   virtual ~SendChannel() = default;
 
+  /// The rank that receives.
+  virtual int peer() const = 0;
+
   /// Takes the message; its tensors are the channel's until they are read. Waits only where the receiver is further
   /// behind than the channel's credits, and then throws what `Watch::look` throws.
   virtual void send(Message message) = 0;
@@ -22,6 +25,9 @@ class SendChannel {
 class ReceiveChannel {
  public:
   virtual ~ReceiveChannel() = default;
+
+  /// The rank that sends.
+  virtual int peer() const = 0;
 
   /// Says what the coming step will bring, so that receives can be posted before they are asked for.
   virtual void begin_step(size_t messages) = 0;

@@ -54,6 +54,9 @@ class ScheduleAuto(_PipelineScheduleRuntime):
             defer_pp_recv=defer_pp_recv,
         )
 
+    def _order_builder(self) -> None:
+        """The search takes longer than the order is large, so the order is kept."""
+
     def _build_order(self) -> tuple[Order, Placement]:
         from pp_runtime.schedules.auto import auto
 

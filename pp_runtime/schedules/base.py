@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from abc import ABC
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from pp_runtime.deadline import checked_deadline, default_deadline
 from pp_runtime.errors import PipelineModeError, PipelineTypeError, PipelineUsageError
 from pp_runtime.ir import FORWARD, REDUCE_GRAD
 from pp_runtime.microbatch import TensorChunkSpec
@@ -63,6 +63,7 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
         self._runtime: Runtime | None = None
         self._order_has_backward = True
         self._record_timeline = False
+        self._deadline = default_deadline()
 
     def step(
         self,
@@ -148,6 +149,7 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
             self._end_custom_step()
             if runtime.over():
                 self._runtime = None  # a failed step ends its runtime on every rank
+        self._forget_order()
         if not training:
             self._free_gathered_weights()
         elif self.scale_grads and REDUCE_GRAD not in self._comp_type_to_function_map:
@@ -185,10 +187,10 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
                 has_backward=self._loss_fn is not None and self._order_has_backward,
                 with_comms=with_comms,
                 custom_functions=self._handlers(),
-                # Weak, so that a schedule that its user drops is freed at once, with its runtime.
-                schedule=weakref.proxy(self),
+                rebuild_order=self._rebuild,
             )
             self._runtime.record_timeline = self._record_timeline
+            self._runtime.deadline = self._deadline
         return self._runtime
 
     def _order_changed(self) -> None:
@@ -225,6 +227,20 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
             raise PipelineUsageError(
                 "the last stage is on this rank, so the loss needs a target: call step(..., target=...) here"
             )
+
+    @property
+    def deadline(self) -> float:
+        """Seconds that this rank waits in ``step()`` for another before it raises, and says who waits for whom.
+
+        Unless it is set, what the environment variable PP_RUNTIME_DEADLINE says, or half an hour.
+        """
+        return self._deadline
+
+    @deadline.setter
+    def deadline(self, seconds: float) -> None:
+        self._deadline = checked_deadline(seconds, "deadline")
+        if self._runtime is not None:
+            self._runtime.deadline = self._deadline
 
     @property
     def record_timeline(self) -> bool:

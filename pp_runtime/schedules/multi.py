@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pp_runtime.ir import Order, Placement
@@ -56,7 +57,14 @@ class PipelineScheduleMulti(_PipelineSchedule):
         if built is None:
             self.stage_index_to_group_rank = dict(enumerate(looped(self.pp_group_size, self._num_stages)))
         else:
-            self._set_order(*built)
+            self._set_order(*built, rebuild=self._order_builder())
+
+    def _order_builder(self) -> Callable[[], Order] | None:
+        """What builds the order once more; None where it must be kept. Holds no stage."""
+        if self._order_name is None:
+            return None
+        build = partial(build_order, self._order_name, self.pp_group_size, self._num_stages, self._n_microbatches)
+        return lambda: build()[0]
 
     def _build_order(self) -> tuple[Order, Placement] | None:
         """The order and the placement of the stages; None where a file or an assignment will bring them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pp_runtime.csv_files import FileFormat, dump_order, load_order
@@ -41,6 +41,7 @@ class OrderHolder:
     def __init__(self) -> None:
         super().__init__()
         self._order: Order | None = None
+        self._rebuild: Callable[[], Order] | None = None
         self._placement: Placement = ()
         self._given: TorchOrder | None = None
         self._given_with_comms: Mapping[int, Sequence[Action]] | None = None
@@ -53,7 +54,8 @@ class OrderHolder:
         if self._given is not None:
             return self._given
         if self._shown is None:
-            self._shown = {} if self._order is None else self._torch_form(self._order)
+            order = self._own_order()
+            self._shown = {} if order is None else self._torch_form(order)
         return self._shown
 
     @pipeline_order.setter
@@ -82,12 +84,22 @@ class OrderHolder:
     def _torch_form(self, order: Order) -> TorchOrder:
         return to_torch_form(order)
 
-    def _set_order(self, order: Order, placement: Placement) -> None:
-        """Take an order that is known to be right."""
-        self._order, self._shown = order, None
+    def _set_order(self, order: Order, placement: Placement, rebuild: Callable[[], Order] | None = None) -> None:
+        """Take an order that is known to be right; with ``rebuild`` it need not be kept once it is planned."""
+        self._order, self._rebuild, self._shown = order, rebuild, None
         self._given = self._given_with_comms = None
         self._place(placement)
         self._order_changed()
+
+    def _own_order(self) -> Order | None:
+        if self._order is None and self._rebuild is not None:
+            return self._rebuild()
+        return self._order
+
+    def _forget_order(self) -> None:
+        """Keep only what can build the order again: a long run of many ranks needs no more than this rank's program."""
+        if self._rebuild is not None:
+            self._order = self._shown = None
 
     def _place(self, placement: Placement) -> None:
         self._placement = placement
@@ -96,7 +108,7 @@ class OrderHolder:
             stage.stage_index_to_group_rank = self.stage_index_to_group_rank
 
     def _order_is_known(self) -> bool:
-        return bool(self._order or self._given or self._given_with_comms)
+        return bool(self._order or self._rebuild or self._given or self._given_with_comms)
 
     def _order_to_run(self) -> tuple[Order, bool]:
         """The order, and whether it has sends and receives; one that the user gave is checked here."""
@@ -108,12 +120,13 @@ class OrderHolder:
             order = from_torch_form(self._given)
             self._prove(order, with_comms=False)
             return order, False
-        if self._order is None:
+        own = self._own_order()
+        if own is None:
             raise PipelineModeError(
                 f"{type(self).__name__} has no order of its own: load one with _load_csv(file), assign pipeline_order, "
                 "or use a named schedule, such as get_schedule_class('1F1B')"
             )
-        return self._order, False
+        return own, False
 
     def _prove(self, order: Order, *, with_comms: bool) -> None:
         """Raise unless the order is complete and free of deadlock; else take its placement of the stages."""

@@ -25,9 +25,9 @@ def refusal_told_to_other_ranks(stage: _PipelineStageBase) -> Iterator[None]:
 
 def _publish(stage: _PipelineStageBase, error: Exception) -> None:
     from pp_runtime.agreement import Agreement
+    from pp_runtime.deadline import default_deadline
     from pp_runtime.failures import FailureRecord
-    from pp_runtime.runtime import DEFAULT_DEADLINE
 
     # The schedules of a group are numbered alike on every rank, so this takes the number of the one that failed.
-    agreement = Agreement(stage.group, DEFAULT_DEADLINE)
+    agreement = Agreement(stage.group, default_deadline())
     agreement.watch.publish(FailureRecord.of(error, stage.group_rank).to_text())

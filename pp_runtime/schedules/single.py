@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pp_runtime.errors import PipelineUsageError
@@ -42,9 +43,8 @@ class PipelineScheduleSingle(_PipelineSchedule):
         with refusal_told_to_other_ranks(stage):
             self._check_one_stage_a_rank()
             if self._order_name is not None:
-                self._set_order(
-                    *build_order(self._order_name, stage.group_size, stage.num_stages, self._n_microbatches)
-                )
+                build = partial(build_order, self._order_name, stage.group_size, stage.num_stages, self._n_microbatches)
+                self._set_order(*build(), rebuild=lambda: build()[0])
         own = type(self)._get_pipeline_order is not PipelineScheduleSingle._get_pipeline_order
         if own and self._order_name is None:
             self.pipeline_order = self._get_pipeline_order() or {}
