@@ -163,15 +163,17 @@ class Runtime:
         """What the messages of a step take: on every rank for a signature, or on this one as the first step had it."""
         plan = self._plan
         if signature is not None:
-            return plan_memory(plan, loads_of(signature, plan.wiring.edges), torch_keeps_sent=torch_keeps_sent)
-        if self._meter is None:
+            report = plan_memory(plan, loads_of(signature, plan.wiring.edges), torch_keeps_sent=torch_keeps_sent)
+        elif self._meter is not None:
+            loads = self._meter.loads(plan.wiring, self._stages)
+            report = plan_memory(plan, loads, [self._rank], torch_keeps_sent=torch_keeps_sent)
+        else:
             raise PipelineModeError(
                 "no step was measured yet: give memory_report the tensors that one microbatch sends from stage to "
                 "stage, or call it after the first step"
             )
-        loads = self._meter.loads(plan.wiring, self._stages)
-        report = plan_memory(plan, loads, [self._rank], torch_keeps_sent=torch_keeps_sent)
-        plan.release()
+        if self._executors:
+            plan.release()
         return report
 
     def _set_meter(self, meter: Meter | None) -> None:
