@@ -214,9 +214,7 @@ def _with_host_messages(group: dist.ProcessGroup, device: torch.device) -> dist.
     if device.type == "cpu" or torch.device("cpu") in group._device_types:
         return group
     ranks = dist.get_process_group_ranks(group)
-    return dist.new_group(
-        ranks, backend=f"cpu:gloo,{device.type}:{dist.get_backend(group)}", use_local_synchronization=True
-    )
+    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
 
 
 def _key(channel: Channel) -> str:

@@ -3,8 +3,10 @@
 #include <ATen/Functions.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/StreamGuard.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <chrono>
+#include <optional>
 #include <stdexcept>
 #include <thread>
 #include <utility>
@@ -14,6 +16,19 @@ namespace pp_runtime {
 namespace {
 
 constexpr std::chrono::microseconds kPause{20};
+
+/// Gives up the GIL where the calling thread has it: the end of a process group waits for threads that may need it.
+class WithoutGil {
+ public:
+  WithoutGil() {
+    if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) {
+      released_.emplace();
+    }
+  }
+
+ private:
+  std::optional<pybind11::gil_scoped_release> released_;
+};
 
 /// Work that a process group queues while `lane` is current waits for the lane, and the lane for it.
 /// A recorded device's group works on the host, so there the host waits when it needs the work's end.
@@ -62,10 +77,13 @@ LaneSendChannel::LaneSendChannel(C10dPath path, LanePath on_device, std::shared_
                                         SlotPool::Readers::kNone, on_device_.slots)) {}
 
 LaneSendChannel::~LaneSendChannel() {
+  const WithoutGil no_gil;
   if (!on_their_way_.empty() && !comes_to(on_device_, on_their_way_.back().sent, watch())) {
     // Nobody received it, as a step failed; somebody may read the memory for as long as the process lives.
     new std::deque<OnItsWay>(std::move(on_their_way_));
   }
+  on_their_way_.clear();
+  on_device_.communicator.reset();
 }
 
 void LaneSendChannel::drop_tensors(OnItsWay& message) {
@@ -162,9 +180,11 @@ LaneReceiveChannel::LaneReceiveChannel(C10dPath path, LanePath on_device, std::s
                                         SlotPool::Readers::kCompute, on_device_.slots)) {}
 
 LaneReceiveChannel::~LaneReceiveChannel() {
+  const WithoutGil no_gil;
   if (last_arrival_) {
     comes_to(on_device_, last_arrival_, watch());
   }
+  on_device_.communicator.reset();
 }
 
 void LaneReceiveChannel::receive_payload(Message& message, const MessageSpec& spec) {
