@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 TRANSPORTS = ("auto", "shared_memory", "c10d")
 
 # A wait spins this long before it sleeps, where every rank has a core to itself.
-_SPIN_NS = 100_000
+_SPIN_NS = 500_000
 
 # Tags are 31 bits; edges are numbered by their two stages.
 _TAGS = 2**31
