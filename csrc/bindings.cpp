@@ -1,4 +1,5 @@
 #include "backward/bindings_backward.h"
+#include "bindings_lanes.h"
 #include "executor.h"
 #include "signals.h"
 #include "transport/c10d.h"
@@ -221,10 +222,10 @@ void bind_executor(py::module_& m) {
       .def(py::init<const std::vector<int32_t>&, std::vector<std::shared_ptr<Stage>>, std::vector<Edge>,
                     std::vector<std::shared_ptr<SendChannel>>, std::vector<std::shared_ptr<ReceiveChannel>>,
                     std::vector<py::object>, std::vector<std::string>, size_t, std::shared_ptr<Confirmation>,
-                    std::shared_ptr<Board>>(),
+                    std::shared_ptr<Board>, std::shared_ptr<Lanes>>(),
            py::arg("program"), py::arg("stages"), py::arg("edges"), py::arg("send_channels"),
            py::arg("receive_channels"), py::arg("callbacks"), py::arg("callback_names"), py::arg("microbatches"),
-           py::arg("confirmation"), py::arg("board"))
+           py::arg("confirmation"), py::arg("board"), py::arg("lanes"))
       .def(
           "run",
           [](Executor& executor, uint64_t step, py::list args, py::list kwargs, py::object targets, py::object loss_fn,
@@ -263,6 +264,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The C++ runtime of pp_runtime.";
   bind_watch(m);
   bind_transport(m);
+  bind_lanes(m);
   bind_message(m);
   bind_stage(m);
   bind_executor(m);

@@ -65,7 +65,8 @@ Executor::Executor(const std::vector<int32_t>& program, std::vector<std::shared_
                    std::vector<Edge> edges, std::vector<std::shared_ptr<SendChannel>> send_channels,
                    std::vector<std::shared_ptr<ReceiveChannel>> receive_channels, std::vector<py::object> callbacks,
                    std::vector<std::string> callback_names, size_t microbatches,
-                   std::shared_ptr<Confirmation> confirmation, std::shared_ptr<Board> board)
+                   std::shared_ptr<Confirmation> confirmation, std::shared_ptr<Board> board,
+                   std::shared_ptr<Lanes> lanes)
     : program_(read_program(program, {.stages = stages.size(),
                                       .microbatches = microbatches,
                                       .edges = edges.size(),
@@ -88,6 +89,14 @@ Executor::Executor(const std::vector<int32_t>& program, std::vector<std::shared_
       ++messages_of_channel_[instruction.channel];
     }
   }
+  if (lanes) {
+    std::vector<int64_t> indices;
+    for (const auto& stage : stages_) {
+      indices.push_back(stage->index());
+    }
+    clock_ = std::make_unique<LaneClock>(lanes);
+    lanes_ = std::make_unique<StepLanes>(std::move(lanes), program_, std::move(indices), microbatches_);
+  }
 }
 
 void Executor::run(StepInput input, uint64_t step) {
@@ -103,6 +112,12 @@ void Executor::run(StepInput input, uint64_t step) {
     for (const auto& stage : stages_) {
       stage->begin_step(microbatches_, input_.training, step);
     }
+    if (lanes_) {
+      lanes_->begin_step(step);
+      if (recording_) {
+        clock_->begin();
+      }
+    }
     for (size_t i = 0; i < receive_channels_.size(); ++i) {
       receive_channels_[i]->begin_step(messages_of_channel_[i]);
     }
@@ -114,6 +129,10 @@ void Executor::run(StepInput input, uint64_t step) {
       }
       const int64_t start = recording_ || board_ ? now_ns() : 0;
       show_on_board(i, start);
+      if (lanes_) {
+        run_on_lanes(i);
+        continue;
+      }
       execute(program_[i]);
       if (!recording_) {
         continue;
@@ -177,6 +196,27 @@ void Executor::show_on_board(int32_t operation) {
   }
 }
 
+void Executor::run_on_lanes(size_t instruction) {
+  const auto moment = [this] { return recording_ ? static_cast<int64_t>(clock_->moment()) : 0; };
+  const int64_t start = moment();
+  lanes_->before(program_[instruction], lanes_->logs() ? text_of(instruction) : std::string());
+  const int64_t begun = moment();
+  execute(program_[instruction]);
+  lanes_->after(program_[instruction]);
+  const int64_t end = moment();
+  if (recording_) {
+    trace_.push_back(
+        {.instruction = static_cast<uint32_t>(instruction), .start_ns = start, .end_ns = end, .waited_ns = begun});
+  }
+}
+
+void Executor::send(const Instruction& instruction, Message message) {
+  if (lanes_) {
+    lanes_->sending(instruction, message);
+  }
+  send_channels_[instruction.channel]->send(std::move(message));
+}
+
 Message Executor::receive(const Instruction& instruction) {
   Message message = receive_channels_[instruction.channel]->receive();
   const Frame expected = {.step = step_,
@@ -185,6 +225,9 @@ Message Executor::receive(const Instruction& instruction) {
   if (!(message.frame == expected)) {
     throw std::runtime_error("this rank is in " + describe(expected) + ", but the message that came is of " +
                              describe(message.frame) + ": call step() or eval() on every rank alike");
+  }
+  if (lanes_) {
+    lanes_->received(instruction, message);
   }
   return message;
 }
@@ -211,13 +254,13 @@ void Executor::execute(const Instruction& instruction) {
       stage.backward(microbatch, BackwardKind::kWeight, instruction.last);
       break;
     case Operation::kSendForward:
-      send_channels_[instruction.channel]->send(stage.activation(edges_[instruction.edge], microbatch));
+      send(instruction, stage.activation(edges_[instruction.edge], microbatch));
       break;
     case Operation::kReceiveForward:
       stage.accept_activation(edges_[instruction.edge], microbatch, receive(instruction));
       break;
     case Operation::kSendBackward:
-      send_channels_[instruction.channel]->send(stage.input_gradients(edges_[instruction.edge], microbatch));
+      send(instruction, stage.input_gradients(edges_[instruction.edge], microbatch));
       break;
     case Operation::kReceiveBackward:
       stage.accept_gradient(edges_[instruction.edge], microbatch, receive(instruction));
@@ -294,7 +337,17 @@ std::string Executor::text_of(size_t instruction) const {
 
 void Executor::set_recording(bool on) { recording_ = on; }
 
-std::vector<TraceRecord> Executor::take_trace() { return std::exchange(trace_, {}); }
+std::vector<TraceRecord> Executor::take_trace() {
+  auto trace = std::exchange(trace_, {});
+  if (lanes_) {
+    for (TraceRecord& record : trace) {
+      record.start_ns = clock_->host_ns(record.start_ns);
+      record.end_ns = clock_->host_ns(record.end_ns);
+      record.waited_ns = clock_->host_ns(record.waited_ns) - record.start_ns;
+    }
+  }
+  return trace;
+}
 
 void Executor::clear() {
   input_ = StepInput();

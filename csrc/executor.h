@@ -1,7 +1,9 @@
 #pragma once
 
+#include "lanes.h"
 #include "program.h"
 #include "stage.h"
+#include "step_lanes.h"
 #include "transport/confirmation.h"
 #include "transport/transport.h"
 #include "whereabouts.h"
@@ -26,6 +28,7 @@ struct StepInput {
 };
 
 /// One action as it ran. `waited` is the part spent waiting for a message or a credit.
+/// On lanes these are moments of the lanes' clock until `take_trace` makes times of them.
 struct TraceRecord {
   uint32_t instruction;
   int64_t start_ns;
@@ -44,7 +47,7 @@ class Executor {
            std::vector<std::shared_ptr<SendChannel>> send_channels,
            std::vector<std::shared_ptr<ReceiveChannel>> receive_channels, std::vector<pybind11::object> callbacks,
            std::vector<std::string> callback_names, size_t microbatches, std::shared_ptr<Confirmation> confirmation,
-           std::shared_ptr<Board> board);
+           std::shared_ptr<Board> board, std::shared_ptr<Lanes> lanes);
 
   /// GIL held. The number of this step is the same on every rank: it is part of every message.
   void run(StepInput input, uint64_t step);
@@ -72,6 +75,9 @@ class Executor {
   void execute(const Instruction& instruction);
   void forward(Stage& stage, const Instruction& instruction);
   Message receive(const Instruction& instruction);
+  void send(const Instruction& instruction, Message message);
+  /// One action with what it waits for on the device, and its moments there where they are recorded.
+  void run_on_lanes(size_t instruction);
   Activity activity_of(const Instruction& instruction) const;
   void show_on_board(size_t instruction, int64_t now);
   void show_on_board(int32_t operation);
@@ -87,6 +93,9 @@ class Executor {
   size_t microbatches_;
   /// Null where this is the only rank.
   std::shared_ptr<Confirmation> confirmation_;
+  /// Null on a CPU.
+  std::unique_ptr<StepLanes> lanes_;
+  std::unique_ptr<LaneClock> clock_;
   std::shared_ptr<Board> board_;
   std::vector<Activity> activities_;
 

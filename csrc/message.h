@@ -5,10 +5,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
 namespace pp_runtime {
+
+struct LaneTicket;
 
 /// Which message of which step this is; the receiver checks it, so two ranks in different steps are told apart at once.
 struct Frame {
@@ -27,6 +30,8 @@ struct Message {
   std::vector<uint8_t> requires_grad;
   /// How the tensors are nested in the sender's output; empty for a plain tuple of tensors.
   std::string structure;
+  /// What the message waits for on its device (lanes.h); null for one of the host.
+  std::shared_ptr<LaneTicket> lane = nullptr;
 };
 
 /// Whether a tensor's values are bytes that `pack` can copy: strided, with storage of its own (a DTensor's wrapper has

@@ -1,7 +1,7 @@
 """The C++ runtime; see csrc/bindings.cpp."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, overload
 
 import torch
 import torch.distributed as dist
@@ -88,6 +88,26 @@ class SharedConfirmation(Confirmation):
 class C10dConfirmation(Confirmation):
     def __init__(self, path: C10dPath, ranks: int, own_rank: int, guard: WaitGuard) -> None: ...
 
+class LaneLog:
+    def __init__(self, omitted_wait: int = -1) -> None: ...
+    def records(self) -> list[tuple[str, int, int, str, list[str], list[str]]]: ...
+    def names(self) -> list[tuple[int, str]]: ...
+
+class Lanes:
+    @overload
+    def __init__(self, device: torch.device) -> None: ...
+    @overload
+    def __init__(self, log: LaneLog) -> None: ...
+
+class LanePath:
+    def __init__(self, lanes: Lanes, communicator: Any, peer: int, slots: int, owned: bool) -> None: ...
+
+class LaneSendChannel(C10dSendChannel):
+    def __init__(self, path: C10dPath, on_device: LanePath, watch: Watch, guard: WaitGuard) -> None: ...
+
+class LaneReceiveChannel(C10dReceiveChannel):
+    def __init__(self, path: C10dPath, on_device: LanePath, watch: Watch, guard: WaitGuard) -> None: ...
+
 class Token:
     def __init__(self, value: int) -> None: ...
     @property
@@ -144,6 +164,7 @@ class Executor:
         microbatches: int,
         confirmation: Confirmation | None,
         board: Board | None,
+        lanes: Lanes | None,
     ) -> None: ...
     def run(
         self,

@@ -1,4 +1,7 @@
-"""Opens a runtime's channels: shared memory between CPU ranks of one host, c10d between all others."""
+"""Opens a runtime's channels: shared memory between CPU ranks of one host, c10d between all others.
+
+An accelerator's channels go through c10d on lanes of their own.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,26 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from . import _C
 from .agreement import Agreement, group_or_world
+from .communicators import Communicators, check_sequences, chosen_communicators
 from .errors import PipelineUsageError
+from .lanes import lanes_for
 from .lowering import Channel
 from .whereabouts import Lookout
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 TRANSPORTS = ("auto", "shared_memory", "c10d")
 
 # A wait spins this long before it sleeps, where every rank has a core to itself.
-_SPIN_NS = 100_000
+_SPIN_NS = 500_000
 
 # Tags are 31 bits; edges are numbered by their two stages.
 _TAGS = 2**31
@@ -32,13 +40,14 @@ _TAGS_A_RUNTIME = 4 * _MOST_STAGES * _MOST_STAGES
 class OpenChannels:
     """The ends of this rank's channels, how the ranks confirm the end of a step, and where each shows what it does.
 
-    Without other ranks there is nobody to confirm it with or to show it to.
+    Without other ranks there is nobody to confirm it with or to show it to. On a CPU there are no lanes.
     """
 
     senders: dict[Channel, _C.SendChannel]
     receivers: dict[Channel, _C.ReceiveChannel]
     confirmation: _C.Confirmation | None
     lookout: Lookout | None
+    lanes: _C.Lanes | None
 
 
 def chosen_transport() -> str:
@@ -55,13 +64,15 @@ def open_channels(
     device: torch.device,
     senders: Sequence[Channel],
     receivers: Sequence[Channel],
-    credits: Mapping[Channel, int],
+    plan: Plan,
 ) -> OpenChannels:
     """Open both tables of channels. Every rank of the group must call it, at the same point."""
     if agreement.size == 1:
-        return OpenChannels({}, {}, None, None)
+        return OpenChannels({}, {}, None, None, None)
     chosen = chosen_transport()
-    may_share = device.type == "cpu" and chosen != "c10d"
+    lanes = lanes_for(device)
+    may_share = lanes is None and chosen != "c10d"
+    credits = plan.credits()
     token = secrets.randbits(63)
     visible = _C.Token(token) if may_share else None
     offered = {
@@ -96,7 +107,13 @@ def open_channels(
     # Every rank works out the same: the ranks on its host are those it shares memory with.
     spin = _spin_ns([word for word, same_host in zip(words, shared, strict=True) if same_host])
 
-    c10d = None if everybody_shares else _C10dChannels(agreement, group, device)
+    on_lanes = None
+    if lanes is not None:
+        for order in (plan.with_communication, plan.forward_only):
+            check_sequences(order, plan.placement, plan.wiring.edges, chosen_communicators())
+        communicators = Communicators(group, device, agreement.serial, agreement.rank, [*senders, *receivers])
+        on_lanes = _OnLanes(lanes, communicators, credits)
+    c10d = None if everybody_shares else _C10dChannels(agreement, group, device, on_lanes)
 
     def sender(channel: Channel) -> _C.SendChannel:
         if c10d is not None and not shared[channel.receiver]:
@@ -131,16 +148,34 @@ def open_channels(
         {channel: receiver(channel) for channel in receivers},
         confirmation(),
         lookout(),
+        lanes,
     )
     # The token and the offers must live until every peer has opened them.
     agreement.exchange("opened", {})
     return opened
 
 
+@dataclass(frozen=True, slots=True)
+class _OnLanes:
+    """What channels on an accelerator need besides a path between the hosts."""
+
+    lanes: _C.Lanes
+    communicators: Communicators
+    credits: Mapping[Channel, int]
+
+    def path(self, channel: Channel) -> _C.LanePath:
+        given = self.communicators
+        slots = self.credits.get(channel, 2)
+        return _C.LanePath(self.lanes, given.of(channel), given.peer(channel), slots, given.owned)
+
+
 class _C10dChannels:
     """Makes the ends of channels that go through the process group; each channel has two tags of its own."""
 
-    def __init__(self, agreement: Agreement, group: dist.ProcessGroup | None, device: torch.device) -> None:
+    def __init__(
+        self, agreement: Agreement, group: dist.ProcessGroup | None, device: torch.device, on_lanes: _OnLanes | None
+    ) -> None:
+        self._on_lanes = on_lanes
         self._group = _with_host_messages(group_or_world(group), device)
         self._watch = agreement.watch
         self._guard = _C.WaitGuard(agreement.watch)
@@ -148,10 +183,16 @@ class _C10dChannels:
         self._first_tag = agreement.serial * _TAGS_A_RUNTIME
 
     def sender(self, channel: Channel) -> _C.SendChannel:
-        return _C.C10dSendChannel(self._path(channel, channel.receiver), self._watch, self._guard)
+        path = self._path(channel, channel.receiver)
+        if self._on_lanes is not None:
+            return _C.LaneSendChannel(path, self._on_lanes.path(channel), self._watch, self._guard)
+        return _C.C10dSendChannel(path, self._watch, self._guard)
 
     def receiver(self, channel: Channel) -> _C.ReceiveChannel:
-        return _C.C10dReceiveChannel(self._path(channel, channel.sender), self._watch, self._guard)
+        path = self._path(channel, channel.sender)
+        if self._on_lanes is not None:
+            return _C.LaneReceiveChannel(path, self._on_lanes.path(channel), self._watch, self._guard)
+        return _C.C10dReceiveChannel(path, self._watch, self._guard)
 
     def confirmation(self, ranks: int, own_rank: int) -> _C.Confirmation:
         # No edge leads from a stage to itself, so its number is free.
@@ -173,9 +214,7 @@ def _with_host_messages(group: dist.ProcessGroup, device: torch.device) -> dist.
     if device.type == "cpu" or torch.device("cpu") in group._device_types:
         return group
     ranks = dist.get_process_group_ranks(group)
-    return dist.new_group(
-        ranks, backend=f"cpu:gloo,{device.type}:{dist.get_backend(group)}", use_local_synchronization=True
-    )
+    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
 
 
 def _key(channel: Channel) -> str:

@@ -208,7 +208,7 @@ class Runtime:
             self._stages[0].device,
             programs[self._has_backward].send_channels,
             programs[self._has_backward].receive_channels,
-            self._plan.credits(),
+            self._plan,
         )
         self._executors = {training: self._build(lowered, channels) for training, lowered in programs.items()}
         self._plan.release()
@@ -243,6 +243,7 @@ class Runtime:
             self._plan.num_microbatches,
             channels.confirmation,
             None if channels.lookout is None else channels.lookout.board,
+            channels.lanes,
         )
         executor.set_recording(self._recording)
         return executor

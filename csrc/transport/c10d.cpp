@@ -25,15 +25,12 @@ struct BlockHead {
   uint8_t payload_inside;
 };
 
-at::Tensor bytes_on(at::Device device, size_t bytes) {
-  return at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions(at::kByte).device(device));
-}
+at::Tensor bytes_on_host(size_t bytes) { return at::empty({static_cast<int64_t>(bytes)}, at::kByte); }
 
 char* data(const at::Tensor& buffer) { return static_cast<char*>(buffer.mutable_data_ptr()); }
 
-bool fits_inside(size_t description_bytes, size_t payload_bytes, at::Device device) {
-  return device.is_cpu() &&
-         align_up(sizeof(BlockHead) + description_bytes, kPayloadAlignment) + payload_bytes <= kBlockBytes;
+bool fits_inside(size_t description_bytes, size_t payload_bytes) {
+  return align_up(sizeof(BlockHead) + description_bytes, kPayloadAlignment) + payload_bytes <= kBlockBytes;
 }
 
 /// A pending operation may still be written to by the backend's thread, so what it uses is kept for the process's life.
@@ -48,43 +45,30 @@ void abandon(Pending& pending) {
   pending.clear();
 }
 
-/// The tensors of `spec` as views of one packed buffer; they keep it alive.
-std::vector<at::Tensor> unpack(const at::Tensor& buffer, const MessageSpec& spec, size_t payload_at) {
-  std::vector<at::Tensor> tensors;
-  tensors.reserve(spec.tensors.size());
-  for (const TensorSpec& tensor : spec.tensors) {
-    if (!tensor.defined) {
-      tensors.emplace_back();
-    } else {
-      tensors.push_back(tensor.view(data(buffer) + payload_at, [buffer](void*) {}, buffer.options()));
-    }
-  }
-  return tensors;
-}
-
-/// One buffer on the device with all the tensors of a message.
-at::Tensor packed(const Message& message, const MessageSpec& spec, at::Device device) {
-  at::Tensor buffer = bytes_on(device, spec.payload_bytes);
-  if (device.is_cpu()) {
-    pack(message, spec, data(buffer));
-    return buffer;
-  }
-  const std::vector<at::Tensor> views = unpack(buffer, spec, 0);
-  for (size_t i = 0; i < views.size(); ++i) {
-    if (views[i].defined()) {
-      views[i].copy_(message.tensors[i], /*non_blocking=*/true);
-    }
-  }
-  return buffer;
-}
-
 /// Whether work whose wait was aborted is as good as before. Gloo's headers are not among torch's, so its work is known
 /// by name.
 bool can_wait_again(const c10d::Work& work) {
   return std::string_view(typeid(work).name()).find("ProcessGroupGloo") != std::string_view::npos;
 }
 
+/// A buffer of the host as the holder of the tensors that lie in it.
+std::shared_ptr<void> holder_of(const at::Tensor& buffer) { return std::make_shared<at::Tensor>(buffer); }
+
 }  // namespace
+
+std::vector<at::Tensor> unpack(const at::Tensor& buffer, size_t offset, const MessageSpec& spec,
+                               const std::shared_ptr<void>& holder) {
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(spec.tensors.size());
+  for (const TensorSpec& tensor : spec.tensors) {
+    if (!tensor.defined) {
+      tensors.emplace_back();
+    } else {
+      tensors.push_back(tensor.view(data(buffer) + offset, [holder](void*) {}, buffer.options()));
+    }
+  }
+  return tensors;
+}
 
 WaitGuard::WaitGuard(std::shared_ptr<Watch> watch) : watch_(std::move(watch)), thread_([this] { run(); }) {}
 
@@ -224,9 +208,9 @@ void C10dSendChannel::reap(size_t keep) {
 void C10dSendChannel::send(Message message) {
   const MessageSpec spec = MessageSpec::of(message);
   const std::string description = spec.encode();
-  const bool inside = fits_inside(description.size(), spec.payload_bytes, path_.device);
+  const bool inside = carries_inside() && fits_inside(description.size(), spec.payload_bytes);
   const bool follows = sizeof(BlockHead) + description.size() > kBlockBytes;
-  at::Tensor block = bytes_on(at::kCPU, kBlockBytes);
+  at::Tensor block = bytes_on_host(kBlockBytes);
   const BlockHead head = {.description_bytes = static_cast<uint32_t>(description.size()),
                           .description_follows = static_cast<uint8_t>(follows),
                           .payload_inside = static_cast<uint8_t>(inside)};
@@ -240,13 +224,19 @@ void C10dSendChannel::send(Message message) {
   reap(kSendsInFlight);
   post(std::move(block), path_.tag);
   if (follows) {
-    at::Tensor whole = bytes_on(at::kCPU, description.size());
+    at::Tensor whole = bytes_on_host(description.size());
     std::memcpy(data(whole), description.data(), description.size());
     post(std::move(whole), path_.tag + 1);
   }
   if (!inside && spec.payload_bytes > 0) {
-    post(packed(message, spec, path_.device), path_.tag + 1);
+    send_payload(std::move(message), spec);
   }
+}
+
+void C10dSendChannel::send_payload(Message message, const MessageSpec& spec) {
+  at::Tensor buffer = bytes_on_host(spec.payload_bytes);
+  pack(message, spec, data(buffer));
+  post(std::move(buffer), path_.tag + 1);
 }
 
 void C10dSendChannel::finish_step() { reap(0); }
@@ -263,7 +253,7 @@ void C10dReceiveChannel::begin_step(size_t messages) {
 
 void C10dReceiveChannel::post_ahead() {
   while (to_post_ > 0 && posted_.size() < kAhead) {
-    at::Tensor block = bytes_on(at::kCPU, kBlockBytes);
+    at::Tensor block = bytes_on_host(kBlockBytes);
     std::vector<at::Tensor> buffers = {block};
     posted_.push_back(
         {.work = guard_->begin(path_.peer, [&] { return path_.group->recv(buffers, path_.peer, path_.tag); }),
@@ -282,16 +272,10 @@ Message C10dReceiveChannel::receive() {
   post_ahead();
   BlockHead head = {};
   std::memcpy(&head, data(block), sizeof(head));
-  const auto receive_more = [&](size_t bytes, at::Device device) {
-    std::vector<at::Tensor> buffers = {bytes_on(device, bytes)};
-    guard_->wait(guard_->begin(path_.peer, [&] { return path_.group->recv(buffers, path_.peer, path_.tag + 1); }),
-                 path_.peer);
-    return buffers[0];
-  };
   at::Tensor whole;
   const char* description = data(block) + sizeof(head);
   if (head.description_follows != 0) {
-    whole = receive_more(head.description_bytes, at::kCPU);
+    whole = receive_more(head.description_bytes);
     description = data(whole);
   } else if (sizeof(head) + head.description_bytes > kBlockBytes) {
     throw std::runtime_error("channel " + path_.name + ": a message's description is longer than its block");
@@ -302,16 +286,27 @@ Message C10dReceiveChannel::receive() {
     message.requires_grad.push_back(static_cast<uint8_t>(tensor.requires_grad));
   }
   if (head.payload_inside != 0) {
-    if (!fits_inside(head.description_bytes, spec.payload_bytes, at::kCPU)) {
+    if (!fits_inside(head.description_bytes, spec.payload_bytes)) {
       throw std::runtime_error("channel " + path_.name + ": a message's tensors lie outside its block");
     }
-    message.tensors = unpack(block, spec, align_up(sizeof(head) + head.description_bytes, kPayloadAlignment));
+    message.tensors =
+        unpack(block, align_up(sizeof(head) + head.description_bytes, kPayloadAlignment), spec, holder_of(block));
   } else {
-    const at::Tensor buffer =
-        spec.payload_bytes > 0 ? receive_more(spec.payload_bytes, path_.device) : bytes_on(path_.device, 0);
-    message.tensors = unpack(buffer, spec, 0);
+    receive_payload(message, spec);
   }
   return message;
+}
+
+at::Tensor C10dReceiveChannel::receive_more(size_t bytes) {
+  std::vector<at::Tensor> buffers = {bytes_on_host(bytes)};
+  guard_->wait(guard_->begin(path_.peer, [&] { return path_.group->recv(buffers, path_.peer, path_.tag + 1); }),
+               path_.peer);
+  return buffers[0];
+}
+
+void C10dReceiveChannel::receive_payload(Message& message, const MessageSpec& spec) {
+  const at::Tensor buffer = spec.payload_bytes > 0 ? receive_more(spec.payload_bytes) : bytes_on_host(0);
+  message.tensors = unpack(buffer, 0, spec, holder_of(buffer));
 }
 
 }  // namespace pp_runtime

@@ -74,8 +74,8 @@ struct C10dPath {
 /// The sending end of a channel through a process group (gloo, NCCL or any other).
 ///
 /// Each message begins with a block of fixed size on the host, so the receiver can post its receive before it knows the
-/// shapes. On the CPU a small message lies whole in that block; of larger ones, and on other devices, the tensors
-/// follow packed into one buffer under the next tag.
+/// shapes. A small message lies whole in that block; of larger ones the tensors follow packed into one buffer under the
+/// next tag. Tensors of other devices go through c10d_lanes.h.
 class C10dSendChannel : public SendChannel {
  public:
   C10dSendChannel(C10dPath path, std::shared_ptr<Watch> watch, std::shared_ptr<WaitGuard> guard);
@@ -84,6 +84,16 @@ class C10dSendChannel : public SendChannel {
   int peer() const override { return path_.peer; }
   void send(Message message) override;
   void finish_step() override;
+
+ protected:
+  /// Whether a small message's tensors may lie in its block.
+  virtual bool carries_inside() const { return true; }
+  /// Sends tensors that do not lie in the block.
+  virtual void send_payload(Message message, const MessageSpec& spec);
+
+  const C10dPath& path() const { return path_; }
+  Watch& watch() const { return *watch_; }
+  WaitGuard& guard() const { return *guard_; }
 
  private:
   struct Sent {
@@ -109,12 +119,21 @@ class C10dReceiveChannel : public ReceiveChannel {
   void begin_step(size_t messages) override;
   Message receive() override;
 
+ protected:
+  /// Receives tensors that do not lie in the block.
+  virtual void receive_payload(Message& message, const MessageSpec& spec);
+
+  const C10dPath& path() const { return path_; }
+  Watch& watch() const { return *watch_; }
+  WaitGuard& guard() const { return *guard_; }
+
  private:
   struct Posted {
     c10::intrusive_ptr<c10d::Work> work;
     at::Tensor buffer;
   };
   void post_ahead();
+  at::Tensor receive_more(size_t bytes);
 
   C10dPath path_;
   std::shared_ptr<Watch> watch_;
@@ -122,5 +141,9 @@ class C10dReceiveChannel : public ReceiveChannel {
   std::deque<Posted> posted_;
   size_t to_post_ = 0;
 };
+
+/// The tensors of `spec` as views of one packed buffer, from `offset` on; they keep `holder` alive.
+std::vector<at::Tensor> unpack(const at::Tensor& buffer, size_t offset, const MessageSpec& spec,
+                               const std::shared_ptr<void>& holder);
 
 }  // namespace pp_runtime
