@@ -50,7 +50,7 @@ def _executor(numbers: list[int]) -> _C.Executor:
 
     callbacks = _C.StageCallbacks(forward=nothing, flatten=nothing, unflatten=nothing)
     stages = [_C.Stage(index, index == 0, index == 1, callbacks) for index in range(2)]
-    return _C.Executor(numbers, stages, [_C.Edge(0, 1)], [], [], [nothing], ["0UNSHARD"], 3, None, None)
+    return _C.Executor(numbers, stages, [_C.Edge(0, 1)], [], [], [nothing], ["0UNSHARD"], 3, None, None, None)
 
 
 _numbers = st.integers(-3, 5) | st.sampled_from([2**31 - 1, -(2**31), 10, 11, 255, 256])
