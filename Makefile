@@ -1,6 +1,7 @@
 # make test    make the virtual environment, build in place, run the tests
 # make train   train a small language model over two pipeline ranks (about two minutes)
 # make lint    ruff, mypy, clang-format
+# make sanitize   the C++ runtime's own tests under ASan, UBSan and TSan (two minutes)
 # make cuda-check   compile the CUDA build against torch 2.14 and run the tutorial with it on the CPU
 SHELL := /bin/bash
 
@@ -16,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Each rank is one process a core; more threads only fight each other.
 export OMP_NUM_THREADS := 1
 
-.PHONY: all venv build test train lint format cuda-check clean
+.PHONY: all venv build test train lint format sanitize cuda-check clean
 all: build
 
 venv: $(VENV)/made
@@ -45,14 +46,17 @@ lint: $(VENV)/made
 	check $(VENV)/bin/ruff check .; \
 	check $(VENV)/bin/ruff format --check .; \
 	check $(VENV)/bin/mypy; \
-	echo clang-format --dry-run csrc; \
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs -r $(VENV)/bin/clang-format --dry-run -Werror || failed=1; \
+	echo clang-format --dry-run csrc tests/native; \
+	find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs -r $(VENV)/bin/clang-format --dry-run -Werror || failed=1; \
 	exit $$failed
 
 format: $(VENV)/made
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs -r $(VENV)/bin/clang-format -i
+	find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs -r $(VENV)/bin/clang-format -i
+
+sanitize: $(VENV)/made
+	$(PYTHON) tests/native/sanitize.py
 
 cuda-check:
 	.ci/cuda-check

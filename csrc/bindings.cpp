@@ -134,8 +134,8 @@ void bind_transport(py::module_& m) {
   py::class_<SharedConfirmation, Confirmation, std::shared_ptr<SharedConfirmation>>(m, "SharedConfirmation")
       .def(py::init(
                [](int64_t pid, int fd, size_t ranks, size_t own_rank, std::shared_ptr<Watch> watch, int64_t spin_ns) {
-                 return std::make_shared<SharedConfirmation>(Segment::open(pid, fd, ranks * kPayloadAlignment), ranks,
-                                                             own_rank, std::move(watch),
+                 return std::make_shared<SharedConfirmation>(Segment::open(pid, fd, SharedConfirmation::bytes(ranks)),
+                                                             ranks, own_rank, std::move(watch),
                                                              SpinTime{.value = std::chrono::nanoseconds(spin_ns)});
                }),
            py::arg("pid"), py::arg("fd"), py::arg("ranks"), py::arg("own_rank"), py::arg("watch"), py::arg("spin_ns"))

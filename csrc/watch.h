@@ -79,6 +79,7 @@ class Watch {
   std::string publish(const std::string& record);
 
   void set_deadline(double seconds);
+  double deadline() const { return deadline_seconds_; }
 
  private:
   struct Process {

@@ -246,7 +246,7 @@ class Play:
             while not self.trap.file.exists():
                 time.sleep(0.005)
             return
-        lookout = self.schedule._runtime._open_channels.lookout
+        lookout = self.schedule._runtime._channels.lookout
         thread = threading.main_thread().ident
 
         def interrupt() -> None:

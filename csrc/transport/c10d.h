@@ -29,6 +29,8 @@ class WaitGuard {
   WaitGuard(const WaitGuard&) = delete;
   WaitGuard& operator=(const WaitGuard&) = delete;
 
+  Watch& watch() const { return *watch_; }
+
   /// Waits for `work`; throws PeerFailed, WaitedTooLong, or PeerLost where the connection to `peer` broke. No GIL.
   void wait(const c10::intrusive_ptr<c10d::Work>& work, int peer);
 

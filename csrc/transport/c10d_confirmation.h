@@ -8,6 +8,9 @@
 namespace pp_runtime {
 
 /// Through a process group: every rank tells rank 0, and rank 0 tells every rank.
+///
+/// A rank that gives up while it waits for rank 0's word has sent its own already. So rank 0 asks for failures before
+/// it tells that the step is done; only after a step that was long enough for a rank to give up in.
 class C10dConfirmation : public Confirmation {
  public:
   /// `path.peer` is not used.
@@ -23,6 +26,7 @@ class C10dConfirmation : public Confirmation {
   int ranks_;
   int own_rank_;
   std::shared_ptr<WaitGuard> guard_;
+  Watch::Clock::time_point last_ = Watch::Clock::now();
 };
 
 }  // namespace pp_runtime

@@ -4,6 +4,7 @@
 #include "transport/peer.h"
 #include "transport/segment.h"
 
+#include <atomic>
 #include <memory>
 
 namespace pp_runtime {
@@ -20,7 +21,11 @@ class Confirmation {
   virtual void confirm() = 0;
 };
 
-/// Between ranks that share memory: a doorbell a rank, in a segment that rank 0 made.
+/// Between ranks that share memory: a doorbell a rank and a verdict, in a segment that rank 0 made.
+///
+/// A rank that gives up while it waits here (another one is lost, or late) has rung its bell already, so the others
+/// could still end the step. The verdict makes the step's end one and the same for all: the first to see every bell
+/// writes that the step is done, the first to give up that it failed, and who comes second takes what is written.
 class SharedConfirmation : public Confirmation {
  public:
   /// The segment itself; the others open it by its descriptor.
@@ -30,8 +35,13 @@ class SharedConfirmation : public Confirmation {
                      SpinTime spin);
 
   void confirm() override;
+  static size_t bytes(size_t ranks);
 
  private:
+  Doorbell& bell(size_t rank) const;
+  std::atomic<uint32_t>& verdict() const;
+  void wait_for_all();
+
   std::shared_ptr<Segment> segment_;
   size_t ranks_;
   size_t own_rank_;

@@ -7,7 +7,9 @@
 
 #include <cerrno>
 #include <cstring>
+#include <mutex>
 #include <stdexcept>
+#include <unordered_map>
 
 namespace pp_runtime {
 
@@ -18,6 +20,30 @@ namespace {
 char* map(int fd, size_t bytes) {
   void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   return data == MAP_FAILED ? nullptr : static_cast<char*>(data);
+}
+
+/// The segments that this process made, by descriptor; entries of some that are gone may be among them.
+class OwnSegments {
+ public:
+  void add(const std::shared_ptr<Segment>& segment) {
+    const std::lock_guard lock(mutex_);
+    segments_[segment->fd()] = segment;
+  }
+
+  std::shared_ptr<Segment> find(int fd) {
+    const std::lock_guard lock(mutex_);
+    const auto found = segments_.find(fd);
+    return found == segments_.end() ? nullptr : found->second.lock();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<int, std::weak_ptr<Segment>> segments_;
+};
+
+OwnSegments& own_segments() {
+  static OwnSegments segments;
+  return segments;
 }
 
 }  // namespace
@@ -35,10 +61,17 @@ std::shared_ptr<Segment> Segment::create(size_t bytes) {
     errno = cause;
     fail("cannot make " + std::to_string(bytes) + " bytes of shared memory");
   }
-  return std::shared_ptr<Segment>(new Segment(data, bytes, fd));
+  const std::shared_ptr<Segment> segment(new Segment(data, bytes, fd));
+  own_segments().add(segment);
+  return segment;
 }
 
 std::shared_ptr<Segment> Segment::open(int64_t pid, int fd, size_t bytes) {
+  if (pid == getpid()) {
+    if (auto own = own_segments().find(fd); own && own->bytes() >= bytes) {
+      return own;
+    }
+  }
   const std::string path = "/proc/" + std::to_string(pid) + "/fd/" + std::to_string(fd);
   const int own = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
   if (own < 0) {

@@ -12,7 +12,7 @@ namespace pp_runtime {
 /// It is a memfd, reached by peers through /proc/<pid>/fd/<fd>: it has no name in any file system, only processes of
 /// the same user that may look at this process can open it, and the kernel frees it with its last mapping, whatever
 /// happens to the processes. The creator keeps the descriptor open so that peers can open it later; a peer closes its
-/// own at once.
+/// own at once. A process that opens a segment of its own gets the one that it made.
 class Segment {
  public:
   static std::shared_ptr<Segment> create(size_t bytes);
