@@ -99,8 +99,8 @@ void bind_transport(py::module_& m) {
   py::class_<SendChannel, std::shared_ptr<SendChannel>>(m, "SendChannel");
   py::class_<ReceiveChannel, std::shared_ptr<ReceiveChannel>>(m, "ReceiveChannel");
   py::class_<SharedSendChannel, SendChannel, std::shared_ptr<SharedSendChannel>>(m, "SharedSendChannel")
-      .def(py::init<uint32_t, std::string, std::shared_ptr<Watch>>(), py::arg("credits"), py::arg("name"),
-           py::arg("watch"))
+      .def(py::init<uint32_t, uint32_t, std::string, std::shared_ptr<Watch>>(), py::arg("credits"), py::arg("ahead"),
+           py::arg("name"), py::arg("watch"))
       .def_property_readonly("fd", &SharedSendChannel::fd)
       .def(
           "connect",
@@ -118,9 +118,11 @@ void bind_transport(py::module_& m) {
   py::class_<WaitGuard, std::shared_ptr<WaitGuard>>(m, "WaitGuard")
       .def(py::init<std::shared_ptr<Watch>>(), py::arg("watch"));
   const auto path = [](c10::intrusive_ptr<c10d::ProcessGroup> group, int peer, int tag, at::Device device,
-                       std::string name) { return C10dPath{std::move(group), peer, tag, device, std::move(name)}; };
+                       std::string name,
+                       size_t ahead) { return C10dPath{std::move(group), peer, tag, device, std::move(name), ahead}; };
   py::class_<C10dPath>(m, "C10dPath")
-      .def(py::init(path), py::arg("group"), py::arg("peer"), py::arg("tag"), py::arg("device"), py::arg("name"));
+      .def(py::init(path), py::arg("group"), py::arg("peer"), py::arg("tag"), py::arg("device"), py::arg("name"),
+           py::arg("ahead") = 0);
   py::class_<C10dSendChannel, SendChannel, std::shared_ptr<C10dSendChannel>>(m, "C10dSendChannel")
       .def(py::init<C10dPath, std::shared_ptr<Watch>, std::shared_ptr<WaitGuard>>(), py::arg("path"), py::arg("watch"),
            py::arg("guard"));

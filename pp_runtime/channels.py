@@ -72,11 +72,11 @@ def open_channels(
     chosen = chosen_transport()
     lanes = lanes_for(device)
     may_share = lanes is None and chosen != "c10d"
-    credits = plan.credits()
+    credits, ahead = plan.credits(), plan.ahead()
     token = secrets.randbits(63)
     visible = _C.Token(token) if may_share else None
     offered = {
-        channel: _C.SharedSendChannel(credits.get(channel, 2), channel.name, agreement.watch)
+        channel: _C.SharedSendChannel(credits[channel], ahead[channel], channel.name, agreement.watch)
         for channel in senders
         if may_share
     }
@@ -113,7 +113,7 @@ def open_channels(
             check_sequences(order, plan.placement, plan.wiring.edges, chosen_communicators())
         communicators = Communicators(group, device, agreement.serial, agreement.rank, [*senders, *receivers])
         on_lanes = _OnLanes(lanes, communicators, credits)
-    c10d = None if everybody_shares else _C10dChannels(agreement, group, device, on_lanes)
+    c10d = None if everybody_shares else _C10dChannels(agreement, group, device, on_lanes, ahead)
 
     def sender(channel: Channel) -> _C.SendChannel:
         if c10d is not None and not shared[channel.receiver]:
@@ -173,8 +173,14 @@ class _C10dChannels:
     """Makes the ends of channels that go through the process group; each channel has two tags of its own."""
 
     def __init__(
-        self, agreement: Agreement, group: dist.ProcessGroup | None, device: torch.device, on_lanes: _OnLanes | None
+        self,
+        agreement: Agreement,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        on_lanes: _OnLanes | None,
+        ahead: Mapping[Channel, int],
     ) -> None:
+        self._ahead = ahead
         self._on_lanes = on_lanes
         self._group = _with_host_messages(group_or_world(group), device)
         self._watch = agreement.watch
@@ -201,7 +207,7 @@ class _C10dChannels:
 
     def _path(self, channel: Channel, peer: int) -> _C.C10dPath:
         tag = self._tag(channel.source, channel.destination, channel.backward)
-        return _C.C10dPath(self._group, peer, tag, self._device, channel.name)
+        return _C.C10dPath(self._group, peer, tag, self._device, channel.name, self._ahead[channel])
 
     def _tag(self, source: int, destination: int, backward: bool) -> int:
         """Channels between the same two ranks are told apart by their stages."""

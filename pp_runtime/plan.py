@@ -23,7 +23,7 @@ from .ir import (
 )
 from .lowering import Channel, Handler, Lowered, Lowering
 from .passes.communication import insert_communication
-from .passes.credits import peak_messages
+from .passes.credits import ChannelKey, Limits, channel_limits
 from .passes.data_parallel import insert_reduce_grad, insert_unshard
 from .passes.defer import defer_receives
 from .passes.edges import Edge, adjacent_edges
@@ -117,11 +117,19 @@ class Plan:
 
     def credits(self) -> dict[Channel, int]:
         """For each channel, how many messages its receiver needs room for."""
-        peaks = peak_messages(self.with_communication, self.placement, self.wiring.edges)
-        return {
-            Channel(edge.source, edge.destination, backward, *self._ends(edge, backward)): peak + _SPARE_CREDITS
-            for (edge, backward), peak in peaks.items()
-        }
+        return {self._channel(key): limits.room + _SPARE_CREDITS for key, limits in self._limits.items()}
+
+    def ahead(self) -> dict[Channel, int]:
+        """For each channel, how many messages its sender may be ahead of what the receiver has taken."""
+        return {self._channel(key): limits.ahead + _SPARE_CREDITS for key, limits in self._limits.items()}
+
+    @cached_property
+    def _limits(self) -> dict[ChannelKey, Limits]:
+        return channel_limits(self.with_communication, self.placement, self.wiring.edges)
+
+    def _channel(self, key: ChannelKey) -> Channel:
+        edge, backward = key
+        return Channel(edge.source, edge.destination, backward, *self._ends(edge, backward))
 
     def _ends(self, edge: Edge, backward: bool) -> tuple[int, int]:
         source, destination = self.placement[edge.source], self.placement[edge.destination]

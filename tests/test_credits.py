@@ -6,7 +6,7 @@ from pytest import mark, raises
 from pp_runtime.errors import InvalidOrderError
 from pp_runtime.ir import Action
 from pp_runtime.passes.communication import insert_communication
-from pp_runtime.passes.credits import peak_messages
+from pp_runtime.passes.credits import channel_limits, peak_messages
 from pp_runtime.passes.edges import Edge
 from pp_runtime.schedules.catalogue import ORDERS, build_order
 from tests.random_orders import settings_and_orders
@@ -16,8 +16,8 @@ def order_of(*rows):
     return {rank: [Action.from_str(text) for text in row.split()] for rank, row in enumerate(rows)}
 
 
-def ends_with(room, order, placement, edges):
-    """Whether all ranks come to the end when a sender without room waits, as the runtime does it."""
+def ends_with(room, order, placement, edges, ahead=None):
+    """Whether all ranks come to the end when a sender without room, or too far ahead, waits, as the runtime does it."""
     place = dict.fromkeys(order, 0)
     sent, received, freed = ({} for _ in range(3))
 
@@ -33,6 +33,8 @@ def ends_with(room, order, placement, edges):
         if kind.startswith("SEND"):
             mine = channels(stage, kind[-1], True)
             if any(sent.get(c, 0) - freed.get(c, 0) >= room[c] for c in mine):
+                return False
+            if ahead and any(sent.get(c, 0) - received.get(c, 0) >= ahead[c] for c in mine):
                 return False
             count(sent, mine)
         elif kind.startswith("RECV"):
@@ -72,8 +74,10 @@ def test_no_rank_waits_for_ever_with_the_room_given(setting):
         order = insert_communication(order, placement, edges)
     except InvalidOrderError:
         return  # two senders in different orders
-    room = peak_messages(order, placement, edges)
-    assert ends_with(room, order, placement, edges)
+    limits = channel_limits(order, placement, edges)
+    room, ahead = ({channel: getattr(limit, name) for channel, limit in limits.items()} for name in ("room", "ahead"))
+    assert ends_with(room, order, placement, edges, ahead)
+    assert peak_messages(order, placement, edges) == room
 
 
 CROSSED = order_of(
@@ -119,3 +123,18 @@ def test_room_does_not_grow_with_the_number_of_microbatches(name):
 def test_an_order_that_never_ends_has_no_room():
     with raises(InvalidOrderError, match="Rank 0 waits for ever for a gradient of stage 0"):
         peak_messages(order_of("0RECV_B0 0F0 0SEND_F0", "1RECV_F0 1F0 1B0 1SEND_B0"), (0, 1))
+
+
+def ahead_of(name, ranks, stages, microbatches):
+    order, placement = build_order(name, ranks, stages, microbatches)
+    limits = channel_limits(insert_communication(order, placement), placement)
+    return [limit.ahead for limit in limits.values()]
+
+
+@mark.parametrize(("name", "stages"), [("GPipe", 4), ("1F1B", 4), ("Interleaved1F1B", 8), ("ZBVZeroBubble", 8)])
+def test_a_sender_need_not_be_ahead_of_a_receiver_that_takes_as_it_comes(name, stages):
+    assert set(ahead_of(name, 4, stages, 40)) == {1}
+
+
+def test_a_sender_must_be_ahead_of_a_receiver_that_first_does_something_else():
+    assert max(ahead_of("LoopedBFS", 2, 4, 64)) == 62

@@ -14,9 +14,12 @@ namespace {
 
 /// The fixed-size block that begins a message: small enough to cost no more than its latency.
 constexpr size_t kBlockBytes = 4096;
-constexpr size_t kAhead = 2;
+constexpr size_t kAhead = 32;
+/// A sender waits for nobody while it has no more than this under way, also where the plan could do with less.
 constexpr size_t kSendsInFlight = 8;
 constexpr std::chrono::milliseconds kGrace{500};
+/// While waits follow each other the guard wakes by itself: waking it for each would cost more than a message.
+constexpr std::chrono::milliseconds kIdleAfter{1000};
 
 struct BlockHead {
   uint32_t description_bytes;
@@ -86,9 +89,11 @@ void WaitGuard::run() {
   int64_t looks_since_end = 0;
   std::unique_lock lock(mutex_);
   while (!stopping_) {
-    if (!waited_for_) {
+    if (!waited_for_ && Watch::Clock::now() - since_ > kIdleAfter) {
       looks_since_end = 0;
+      idle_ = true;
       changed_.wait(lock);
+      idle_ = false;
       continue;
     }
     changed_.wait_for(lock, Watch::kInterval);
@@ -123,14 +128,18 @@ void WaitGuard::run() {
 }
 
 void WaitGuard::wait(const c10::intrusive_ptr<c10d::Work>& work, int peer) {
+  bool wakes = false;
   {
     const std::lock_guard lock(mutex_);
     waited_for_ = work;
     since_ = Watch::Clock::now();
     reason_ = nullptr;
     woken_ = false;
+    wakes = idle_;
   }
-  changed_.notify_all();
+  if (wakes) {
+    changed_.notify_all();
+  }
   std::string error;
   std::exception_ptr reason;
   try {
@@ -194,13 +203,18 @@ C10dSendChannel::~C10dSendChannel() { abandon(in_flight_); }
 
 void C10dSendChannel::post(at::Tensor buffer, int tag) {
   std::vector<at::Tensor> buffers = {buffer};
-  in_flight_.push_back({.work = guard_->begin(path_.peer, [&] { return path_.group->send(buffers, path_.peer, tag); }),
-                        .buffer = std::move(buffer)});
+  const bool begins = tag == path_.tag;
+  in_flight_.push_back({.work = guard_->post(path_.peer, [&] { return path_.group->send(buffers, path_.peer, tag); }),
+                        .buffer = std::move(buffer),
+                        .begins_message = begins});
+  messages_in_flight_ += begins ? 1 : 0;
 }
 
+/// Waits until no more than `keep` messages are under way; of a message that is, all parts are.
 void C10dSendChannel::reap(size_t keep) {
-  while (in_flight_.size() > keep) {
+  while (messages_in_flight_ > keep || (!in_flight_.empty() && !in_flight_.front().begins_message)) {
     guard_->wait(in_flight_.front().work, path_.peer);
+    messages_in_flight_ -= in_flight_.front().begins_message ? 1 : 0;
     in_flight_.pop_front();
   }
 }
@@ -221,7 +235,7 @@ void C10dSendChannel::send(Message message) {
   if (inside) {
     pack(message, spec, data(block) + align_up(sizeof(head) + description.size(), kPayloadAlignment));
   }
-  reap(kSendsInFlight);
+  reap(std::max(path_.ahead, kSendsInFlight) - 1);
   post(std::move(block), path_.tag);
   if (follows) {
     at::Tensor whole = bytes_on_host(description.size());
@@ -256,7 +270,7 @@ void C10dReceiveChannel::post_ahead() {
     at::Tensor block = bytes_on_host(kBlockBytes);
     std::vector<at::Tensor> buffers = {block};
     posted_.push_back(
-        {.work = guard_->begin(path_.peer, [&] { return path_.group->recv(buffers, path_.peer, path_.tag); }),
+        {.work = guard_->post(path_.peer, [&] { return path_.group->recv(buffers, path_.peer, path_.tag); }),
          .buffer = std::move(block)});
     --to_post_;
   }
@@ -299,7 +313,7 @@ Message C10dReceiveChannel::receive() {
 
 at::Tensor C10dReceiveChannel::receive_more(size_t bytes) {
   std::vector<at::Tensor> buffers = {bytes_on_host(bytes)};
-  guard_->wait(guard_->begin(path_.peer, [&] { return path_.group->recv(buffers, path_.peer, path_.tag + 1); }),
+  guard_->wait(guard_->post(path_.peer, [&] { return path_.group->recv(buffers, path_.peer, path_.tag + 1); }),
                path_.peer);
   return buffers[0];
 }

@@ -34,21 +34,21 @@ class WaitGuard {
   /// Waits for `work`; throws PeerFailed, WaitedTooLong, or PeerLost where the connection to `peer` broke. No GIL.
   void wait(const c10::intrusive_ptr<c10d::Work>& work, int peer);
 
-  /// What `begin` begins; throws PeerFailed or PeerLost where it cannot, since the connection to `peer` broke before.
-  template <typename Begin>
-  c10::intrusive_ptr<c10d::Work> begin(int peer, const Begin& begin) {
+  /// Posts an operation; one that the backend refuses since the connection broke is reported as such. No GIL.
+  template <typename Post>
+  c10::intrusive_ptr<c10d::Work> post(int peer, const Post& operation) {
     try {
-      return begin();
+      return operation();
     } catch (const std::exception& failure) {
       report_broken_connection(peer, failure.what());
     }
   }
 
  private:
+  [[noreturn]] void report_broken_connection(int peer, const std::string& error);
   void run();
   /// What the backend said where the work failed, else an empty text.
   std::string wait_between_signals(const c10::intrusive_ptr<c10d::Work>& work);
-  [[noreturn]] void report_broken_connection(int peer, const std::string& error);
 
   std::shared_ptr<Watch> watch_;
   std::mutex mutex_;
@@ -57,6 +57,7 @@ class WaitGuard {
   Watch::Clock::time_point since_;
   std::exception_ptr reason_;
   bool woken_ = false;
+  bool idle_ = false;
   bool stopping_ = false;
   std::thread thread_;
 };
@@ -69,6 +70,8 @@ struct C10dPath {
   int tag = 0;
   at::Device device = at::kCPU;
   std::string name;
+  /// How many messages may be under way; with fewer than the plan says, ranks may wait for each other for ever.
+  size_t ahead = 0;
 };
 
 /// The sending end of a channel through a process group (gloo, NCCL or any other).
@@ -99,11 +102,13 @@ class C10dSendChannel : public SendChannel {
   struct Sent {
     c10::intrusive_ptr<c10d::Work> work;
     at::Tensor buffer;
+    bool begins_message;
   };
   void post(at::Tensor buffer, int tag);
   void reap(size_t keep);
 
   C10dPath path_;
+  size_t messages_in_flight_ = 0;
   std::shared_ptr<Watch> watch_;
   std::shared_ptr<WaitGuard> guard_;
   std::deque<Sent> in_flight_;

@@ -19,12 +19,12 @@ C10dConfirmation::C10dConfirmation(C10dPath path, int ranks, int own_rank, std::
 
 void C10dConfirmation::send(int peer) {
   std::vector<at::Tensor> word = {at::zeros({1}, at::kByte)};
-  guard_->wait(guard_->begin(peer, [&] { return path_.group->send(word, peer, path_.tag); }), peer);
+  guard_->wait(guard_->post(peer, [&] { return path_.group->send(word, peer, path_.tag); }), peer);
 }
 
 void C10dConfirmation::receive(int peer) {
   std::vector<at::Tensor> word = {at::zeros({1}, at::kByte)};
-  guard_->wait(guard_->begin(peer, [&] { return path_.group->recv(word, peer, path_.tag); }), peer);
+  guard_->wait(guard_->post(peer, [&] { return path_.group->recv(word, peer, path_.tag); }), peer);
 }
 
 void C10dConfirmation::confirm() {

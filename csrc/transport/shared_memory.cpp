@@ -3,6 +3,7 @@
 #include <ATen/Functions.h>
 
 #include <array>
+#include <bit>
 #include <cstring>
 #include <mutex>
 #include <stdexcept>
@@ -36,20 +37,25 @@ struct SegmentEntry {
 struct ChannelHead {
   uint64_t magic;
   uint32_t credits;
+  /// Descriptors in use: a power of two, at least what can be under way, so that few pages are touched.
+  uint32_t ring;
   alignas(64) Doorbell messages;
+  alignas(64) Doorbell taken;
   alignas(64) Doorbell returns;
   alignas(64) std::array<Descriptor, kRingEntries> descriptors;
   std::array<uint32_t, kRingEntries> returned_blocks;
   std::array<SegmentEntry, kMaximumSegments> segments;
 };
 
-SharedSendChannel::SharedSendChannel(uint32_t credits, std::string name, std::shared_ptr<Watch> watch)
+SharedSendChannel::SharedSendChannel(uint32_t credits, uint32_t ahead, std::string name, std::shared_ptr<Watch> watch)
     : control_(Segment::create(sizeof(ChannelHead))),
       head_(new (control_->data()) ChannelHead),
       credits_(std::min(std::max(credits, 2U), kRingEntries / 2)),
+      ahead_(std::min(std::max(ahead, 1U), kRingEntries / 2)),
       name_(std::move(name)),
       watch_(std::move(watch)) {
   head_->credits = credits_;
+  head_->ring = std::bit_ceil(ahead_);
   head_->magic = kMagic;
 }
 
@@ -102,6 +108,16 @@ bool SharedSendChannel::grow(size_t bytes) {
   return true;
 }
 
+void SharedSendChannel::wait_for_takes() {
+  uint32_t taken = 0;
+  const auto near_enough = [&] {
+    taken = head_->taken.count.load(std::memory_order_acquire);
+    return sent_ - taken < ahead_;
+  };
+  wait_for_peers(*watch_, spin_, near_enough,
+                 [&](std::chrono::nanoseconds spin) { head_->taken.wait(taken, spin, Watch::kInterval); });
+}
+
 uint32_t SharedSendChannel::take_block(size_t bytes) {
   if (bytes > block_bytes_ && !grow(bytes)) {
     throw std::runtime_error("channel " + name_ +
@@ -124,16 +140,17 @@ void SharedSendChannel::send(Message message) {
   const std::string description = spec.encode();
   const size_t payload_at = align_up(description.size(), kPayloadAlignment);
   const size_t total = payload_at + spec.payload_bytes;
+  wait_for_takes();
   const uint32_t id = take_block(total);
   const Block& block = blocks_[id];
   char* bytes = segments_[block.segment]->data() + block.offset;
   std::memcpy(bytes, description.data(), description.size());
   pack(message, spec, bytes + payload_at);
-  head_->descriptors[sent_ % kRingEntries] = {.block = id,
-                                              .segment = block.segment,
-                                              .offset = block.offset,
-                                              .description_bytes = description.size(),
-                                              .total_bytes = total};
+  head_->descriptors[sent_ % head_->ring] = {.block = id,
+                                             .segment = block.segment,
+                                             .offset = block.offset,
+                                             .description_bytes = description.size(),
+                                             .total_bytes = total};
   ++sent_;
   head_->messages.raise();
 }
@@ -220,7 +237,8 @@ Message SharedReceiveChannel::receive() {
   const auto has_message = [&] { return head_->messages.count.load(std::memory_order_acquire) != taken_; };
   wait_for_peers(*watch_, spin_, has_message,
                  [&](std::chrono::nanoseconds spin) { head_->messages.wait(taken_, spin, Watch::kInterval); });
-  const Descriptor descriptor = head_->descriptors[taken_++ % kRingEntries];
+  const Descriptor descriptor = head_->descriptors[taken_++ % head_->ring];
+  head_->taken.raise();
   char* bytes = block(descriptor.segment, descriptor.offset, descriptor.total_bytes);
   if (descriptor.description_bytes > descriptor.total_bytes) {
     throw std::runtime_error("shared memory channel " + name_ +

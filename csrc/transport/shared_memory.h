@@ -18,9 +18,11 @@ struct ChannelHead;
 /// one size. A message is one copy into a free block and one descriptor. There are `credits` blocks; when none is free
 /// the sender waits for the receiver to return one. The credits come from the plan's live intervals, so that is rare;
 /// where a wait is longer than kPatience a block is added, so no user who keeps tensors can stop the pipeline.
+/// It is never more than `ahead` messages ahead of the receiver's takes, so a receiver that frees what it takes at once
+/// lets the channel use few blocks, however many it may have.
 class SharedSendChannel : public SendChannel {
  public:
-  SharedSendChannel(uint32_t credits, std::string name, std::shared_ptr<Watch> watch);
+  SharedSendChannel(uint32_t credits, uint32_t ahead, std::string name, std::shared_ptr<Watch> watch);
   /// What the receiver needs to open it.
   int fd() const;
   /// Whom the channel leads to; before the first send.
@@ -39,6 +41,7 @@ class SharedSendChannel : public SendChannel {
     size_t bytes;
   };
 
+  void wait_for_takes();
   uint32_t take_block(size_t bytes);
   void collect_returns();
   bool grow(size_t bytes);
@@ -52,6 +55,7 @@ class SharedSendChannel : public SendChannel {
   size_t block_bytes_ = 0;
   uint32_t usable_blocks_ = 0;
   uint32_t credits_;
+  uint32_t ahead_;
   uint32_t sent_ = 0;
   uint32_t returns_read_ = 0;
   std::string name_;

@@ -1,14 +1,19 @@
-"""How many messages each channel's receiver needs room for.
+"""How many messages each channel's receiver needs room for, and how far ahead its sender must be able to be.
 
 A message takes room when its sender begins to write it and gives it back when its tensors die at the receiver: an
 activation with the consumer's B or W (with its F, where the stage runs no backward), a gradient with the consumer's B
 or I. A sender without room waits. The least room is what is alive at once at the receiver; where ranks that wait for
 room would wait for each other, there is more, until none do.
+
+A sender also waits while it is as far ahead of what the receiver has taken as it may be. Mostly one message will do, so
+that a channel fills no more room than its receiver really holds; it is more only where ranks would wait for each other,
+as in LoopedBFS, whose receiver is bound to do something else first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from pp_runtime.errors import InvalidOrderError
 from pp_runtime.ir import (
@@ -40,9 +45,27 @@ def peak_messages(
     order that ends with endless room ends with this. Linear in the number of actions. Raises InvalidOrderError for an
     order that does not end even with endless room.
     """
+    return {key: limit.room for key, limit in channel_limits(order_with_comms, placement, edges).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of a channel: messages sent and not yet freed, and messages sent and not yet taken."""
+
+    room: int
+    ahead: int
+
+
+def channel_limits(
+    order_with_comms: Order, placement: Placement, edges: Iterable[Edge] | None = None
+) -> dict[ChannelKey, Limits]:
+    """For each channel between two ranks, the least limits with which no rank waits for ever.
+
+    What `peak_messages` says of the room holds for both limits together.
+    """
     run = _Run(order_with_comms, placement, edges)
     run.to_the_end()
-    return {key: run.room[number] for number, key in enumerate(run.keys)}
+    return {key: Limits(run.room[number], run.ahead[number]) for number, key in enumerate(run.keys)}
 
 
 class _Run:
@@ -70,10 +93,12 @@ class _Run:
                     self.row_of.append(stages * backward + receiver)
                     self.out_of[stages * backward + sender].append(number)
                     self.into[stages * backward + receiver].append(number)
+        self.sent, self.received, self.freed = [0] * len(self.keys), [0] * len(self.into), [0] * len(self.into)
         peaks = [1] * (2 * stages)
         happens = self._what_happens(stages)
         self.steps = {rank: _steps(actions, happens, peaks) for rank, actions in order.items()}
         self.room = [peaks[row] for row in self.row_of]
+        self.ahead = [1] * len(self.keys)
 
     def _what_happens(self, stages: int) -> dict[ActionType, list[tuple[int, ...]]]:
         """For each type of action and stage, the steps that it is."""
@@ -103,8 +128,8 @@ class _Run:
 
     def to_the_end(self) -> None:
         """Run every rank; when all wait and some for room, give one of them room."""
-        sent, received, freed = [0] * len(self.keys), [0] * len(self.into), [0] * len(self.into)
-        row_of, room = self.row_of, self.room
+        sent, received, freed = self.sent, self.received, self.freed
+        row_of, room, ahead = self.row_of, self.room, self.ahead
         place = dict.fromkeys(self.steps, 0)
         waiting: dict[int, int] = {}  # channel -> the rank that waits for a message in it, or for room
         ready = list(self.steps)
@@ -121,10 +146,14 @@ class _Run:
                     if blocked:
                         break
                     received[row] += 1
-                    continue
+                    changed = self.into[row]
                 else:
                     changed = self.out_of[row]
-                    blocked = [c for c in changed if sent[c] - freed[row_of[c]] >= room[c]]
+                    blocked = [
+                        c
+                        for c in changed
+                        if sent[c] - freed[row_of[c]] >= room[c] or sent[c] - received[row_of[c]] >= ahead[c]
+                    ]
                     if blocked:
                         break
                     for channel in changed:
@@ -140,10 +169,13 @@ class _Run:
             waiting[blocked[0]] = rank
 
     def _give_room(self, place: dict[int, int], waiting: dict[int, int]) -> int:
-        for channel, rank in sorted(waiting.items(), key=lambda entry: entry[1]):
-            if self.steps[rank][place[rank]] % 3 == _Run._SEND:
-                self.room[channel] += 1
-                return waiting.pop(channel)
+        senders = [c for c, rank in waiting.items() if self.steps[rank][place[rank]] % 3 == _Run._SEND]
+        # Being further ahead costs nothing where there is room.
+        for limit, used in ((self.ahead, self.received), (self.room, self.freed)):
+            for channel in sorted(senders, key=waiting.__getitem__):
+                if self.sent[channel] - used[self.row_of[channel]] >= limit[channel]:
+                    limit[channel] += 1
+                    return waiting.pop(channel)
         rank = min(waiting.values())
         row = self.steps[rank][place[rank]] // 3
         backward, stage = divmod(row, len(self.into) // 2)
