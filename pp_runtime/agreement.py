@@ -96,20 +96,26 @@ class Agreement:
 
     def exchange(self, topic: str, own: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Every rank's word on the topic, in rank order. Raises where a rank failed before it said anything."""
-        self._store.set(self._key(topic, self.rank), json.dumps([os.getpid(), _host(), own]))
-        since = time.monotonic()
+        try:
+            self._store.set(self._key(topic, self.rank), json.dumps([os.getpid(), _host(), own]))
+            since = time.monotonic()
+            return [self._word_of(rank, topic, since) for rank in range(self.size)]
+        except dist.DistError as error:
+            # The process that keeps the store may be the rank that ended.
+            if (ended := self.watch.ended()) is not None:
+                self.watch.throw_lost(ended)
+            raise _C.StoreLost(str(error)) from error
+
+    def _word_of(self, rank: int, topic: str, since: float) -> dict[str, Any]:
+        key = self._key(topic, rank)
         pause = 0.0005
-        words = []
-        for rank in range(self.size):
-            key = self._key(topic, rank)
-            while not self._store.check([key]):
-                self._look(topic, rank, since)
-                time.sleep(pause)
-                pause = min(2 * pause, 0.02)
-            pid, host, word = json.loads(self._store.get(key))
-            self._meet(rank, pid, host)
-            words.append(word)
-        return words
+        while not self._store.check([key]):
+            self._look(topic, rank, since)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.02)
+        pid, host, word = json.loads(self._store.get(key))
+        self._meet(rank, pid, host)
+        return word
 
     def _meet(self, rank: int, pid: int, host: str) -> None:
         """Watch the process of another rank, if it is on this host."""

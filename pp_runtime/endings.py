@@ -53,8 +53,9 @@ def _caused_by_peer(error: BaseException, agreement: Agreement, lookout: Lookout
         )
     if isinstance(error, _C.PeerLost):
         at = None if lookout is None else lookout.find(error.rank)
-        where = "" if at is None else f"; it {at}".replace("has been", "had been").replace("has waited", "had waited")
-        return FailureRecord(error.rank, "", f"{error}{where}", "", **({} if at is None else at.place()))
+        place = {} if at is None else at.place()
+        where = f"; it was in {place['action']}" if place.get("action") else ""
+        return FailureRecord(error.rank, "", f"{error}{where}", "", **place)
     return None
 
 

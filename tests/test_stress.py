@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 
@@ -9,9 +10,13 @@ import pytest
 from torch import Tensor, nn
 
 from tests import ranks
-from tests.pipelines import Setting, Twins
+from tests.pipelines import EVERY_SCHEDULE, ONE_STAGE, Setting, Twins
 
-STEPS, LONGEST = 25, 0.003
+# PP_TEST_SOAK=1000 runs that many steps of every schedule over both transports.
+SOAK = "PP_TEST_SOAK" in os.environ
+STEPS, LONGEST = int(os.environ.get("PP_TEST_SOAK", "12")), 0.003
+CASES = [(schedule, "auto") for schedule in EVERY_SCHEDULE]
+CASES += [(schedule, "c10d") for schedule in (EVERY_SCHEDULE if SOAK else ("1F1B", "ZBVZeroBubble"))]
 
 
 class _Delays:
@@ -35,7 +40,10 @@ class _Delays:
         self.sleep()
 
 
-def _train(rank: int, schedule: str, stages_per_rank: int, microbatches: int, steps: int) -> list[str]:
+def _train(
+    rank: int, schedule: str, stages_per_rank: int, microbatches: int, steps: int, transport: str = "auto"
+) -> list[str]:
+    os.environ["PP_RUNTIME_TRANSPORT"] = transport
     twins = Twins(rank, Setting(schedule, microbatches, stages_per_rank))
     delays = _Delays(rank)
     for module in twins.mine.values():
@@ -47,13 +55,10 @@ def _train(rank: int, schedule: str, stages_per_rank: int, microbatches: int, st
     return found
 
 
-@pytest.mark.parametrize(
-    ("schedule", "stages_per_rank"),
-    [("1F1B", 1), ("Interleaved1F1B", 2), ("InterleavedZeroBubble", 2), ("DualPipeV", 2)],
-)
-def test_random_delays_change_nothing(schedule: str, stages_per_rank: int) -> None:
-    arguments = {"schedule": schedule, "stages_per_rank": stages_per_rank, "microbatches": 6, "steps": STEPS}
-    assert ranks.run(_train, 3, **arguments) == [[]] * 3
+@pytest.mark.parametrize(("schedule", "transport"), CASES)
+def test_random_delays_change_nothing(schedule: str, transport: str) -> None:
+    arguments = {"schedule": schedule, "stages_per_rank": 1 if schedule in ONE_STAGE else 2, "transport": transport}
+    assert ranks.run(_train, 3, timeout=60 + STEPS, **arguments, microbatches=6, steps=STEPS) == [[]] * 3
 
 
 @pytest.mark.parametrize(("schedule", "stages_per_rank"), [("GPipe", 1), ("1F1B", 1), ("Interleaved1F1B", 2)])
