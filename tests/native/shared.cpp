@@ -114,7 +114,7 @@ TEST(a_ring_between_processes) {
   const Pipe to_child;
   const pid_t parent = getpid();
   const pid_t child = start_process([&] {
-    SharedSendChannel channel(3, "test", new_watch());
+    SharedSendChannel channel(3, 4, "test", new_watch());
     to_parent.write_number(channel.fd());
     channel.connect({.rank = 0, .pid = parent}, kNoSpin);
     send_all(channel, kMessages);
@@ -131,7 +131,7 @@ TEST(a_ring_between_processes) {
 TEST(a_killed_process_is_noticed_by_who_waits_for_it) {
   const Pipe to_parent;
   const pid_t child = start_process([&] {
-    SharedSendChannel channel(3, "test", new_watch());
+    SharedSendChannel channel(3, 4, "test", new_watch());
     to_parent.write_number(channel.fd());
     channel.connect({.rank = 0, .pid = getppid()}, kNoSpin);
     channel.send(numbered(5));
@@ -181,7 +181,7 @@ TEST(a_ring_between_threads) {
   constexpr int64_t kMessages = 3000;
   for (const int64_t spin_ns : {0, 20'000}) {
     const SpinTime spin{std::chrono::nanoseconds(spin_ns)};
-    SharedSendChannel sender(3, "test", new_watch());
+    SharedSendChannel sender(3, 4, "test", new_watch());
     sender.connect({.rank = 1, .pid = getpid()}, spin);
     std::thread other([&] { send_all(sender, kMessages); });
     SharedReceiveChannel receiver({.rank = 0, .pid = getpid()}, sender.fd(), "test", new_watch(), spin);
@@ -192,7 +192,7 @@ TEST(a_ring_between_threads) {
 
 TEST(tensors_that_die_on_other_threads_give_their_blocks_back) {
   constexpr int64_t kMessages = 2000;
-  SharedSendChannel sender(8, "test", new_watch());
+  SharedSendChannel sender(8, 3, "test", new_watch());
   sender.connect({.rank = 1, .pid = getpid()}, kNoSpin);
   std::thread sending([&] { send_all(sender, kMessages); });
   std::array<std::atomic<Message*>, 4> handed{};
@@ -300,7 +300,7 @@ TEST(a_step_ends_alike_for_all_also_where_one_gives_up) {
 
 TEST(a_failure_wakes_who_waits) {
   const auto store = c10::make_intrusive<c10d::HashStore>();
-  SharedSendChannel sender(3, "test", watch_of(store));
+  SharedSendChannel sender(3, 4, "test", watch_of(store));
   sender.connect({.rank = 1, .pid = getpid()}, kNoSpin);
   const auto watch = watch_of(store);
   std::thread other([&] { EXPECT(watch->publish("the reason") == "the reason"); });
@@ -311,7 +311,7 @@ TEST(a_failure_wakes_who_waits) {
 }
 
 TEST(a_wait_ends_at_its_deadline) {
-  SharedSendChannel sender(3, "test", new_watch());
+  SharedSendChannel sender(3, 4, "test", new_watch());
   sender.connect({.rank = 1, .pid = getpid()}, kNoSpin);
   SharedReceiveChannel receiver({.rank = 0, .pid = getpid()}, sender.fd(), "test", new_watch(0.1), kNoSpin);
   EXPECT(ERROR_OF(WaitedTooLong, receiver.receive()).find("waited ") == 0);
