@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from . import _C
-from .data_parallel import DataParallelAdapter, adapter_for
+from .data_parallel import DataParallelAdapter, adapter_for, scale_gradients
 from .errors import PipelineModeError, PipelineTypeError, PipelineUsageError
 from .payload import flatten_output, rebuild_args, tensors_and_structure
 
@@ -162,9 +162,7 @@ class _PipelineStageBase:
 
     def scale_grads(self, grad_scale_factor: int) -> None:
         """Divide the gradients of all parameters, at once."""
-        gradients = [parameter.grad for parameter in self.submod.parameters() if parameter.grad is not None]
-        if grad_scale_factor != 1 and gradients:
-            torch._foreach_div_(gradients, grad_scale_factor)
+        scale_gradients(self.submod.parameters(), grad_scale_factor)
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """Reduce the gradients over the data-parallel ranks, where the module is wrapped for it, then scale them."""
