@@ -8,6 +8,7 @@
 #include <limits>
 #include <utility>
 
+#include "leaf_paths.h"
 #include "weight_products.h"
 
 namespace pp_runtime {
@@ -29,6 +30,12 @@ variable_list run_tensor_hooks(Node& node, variable_list gradients) {
   return gradients;
 }
 
+/// The engine wants an input of a root.
+const at::Tensor& unread_input() {
+  static const at::Tensor kNothing = at::zeros({});
+  return kNothing;
+}
+
 }  // namespace
 
 variable_list run_hooks_before(Node& node, variable_list gradients) {
@@ -40,6 +47,34 @@ variable_list run_hooks_before(Node& node, variable_list gradients) {
 }
 
 void HalfNode::run_before(const c10::intrusive_ptr<HalfNode>& next) { next_edges().emplace_back(next, 0); }
+
+bool HalfNode::shorten(const LeafPaths& paths) {
+  edge_list& edges = next_edges();
+  bool all = true;
+  for (size_t i = 0; i < edges.size(); ++i) {
+    if (paths.is_free(edges[i])) {
+      own_paths_.resize(edges.size());
+      own_paths_[i] = std::exchange(edges[i], Edge());
+    } else if (edges[i].is_valid()) {
+      all = false;
+    }
+  }
+  return all;
+}
+
+void HalfNode::follow_own_paths(variable_list& gradients) const {
+  if (own_paths_.empty()) {
+    return;
+  }
+  torch::autograd::validate_outputs(own_paths_, gradients, [this](const std::string& message) {
+    return "Function " + name() + " returned an invalid gradient: " + message;
+  });
+  for (size_t i = 0; i < own_paths_.size(); ++i) {
+    if (own_paths_[i].is_valid()) {
+      LeafPaths::follow(own_paths_[i], std::move(gradients[i]));
+    }
+  }
+}
 
 SplitNode::SplitNode(NodePtr whole, const WeightProduct& product, edge_list input_edges, edge_list weight_edges)
     : HalfNode(whole->sequence_nr(), edge_list(input_edges)),
@@ -56,6 +91,7 @@ SplitNode::SplitNode(NodePtr whole, const WeightProduct& product, edge_list inpu
 variable_list SplitNode::apply(variable_list&& gradients) {
   if (in_weight_half_) {
     variable_list weight_gradients = (*whole_)(std::move(gradients_));
+    follow_own_paths(weight_gradients);
     weight_gradients.resize(num_outputs());  // nothing for the half that runs next
     return weight_gradients;
   }
@@ -94,6 +130,7 @@ KeepNode::KeepNode(uint64_t sequence_nr, edge_list weight_edges)
 
 variable_list KeepNode::apply(variable_list&& gradients) {
   if (in_weight_half_) {
+    follow_own_paths(gradients_);
     gradients_.resize(num_outputs());
     return std::move(gradients_);
   }
@@ -107,6 +144,21 @@ void KeepNode::begin_weight_half() {
 }
 
 std::string KeepNode::name() const { return "pp_runtime::KeepNode"; }
+
+HalvesNode::HalvesNode(std::vector<c10::intrusive_ptr<HalfNode>> halves) : halves_(std::move(halves)) {
+  add_input_metadata(unread_input());
+}
+
+variable_list HalvesNode::apply(variable_list&&) {
+  for (auto& half : halves_) {
+    half->apply({});
+    half->release_variables();
+    half.reset();
+  }
+  return {};
+}
+
+std::string HalvesNode::name() const { return "pp_runtime::HalvesNode"; }
 
 CaptureNode::CaptureNode(NodePtr captured)
     : Node(captured->sequence_nr()), captured_(std::move(captured)), gradients_(captured_->num_inputs()) {
@@ -132,8 +184,7 @@ StartNode::StartNode(Roots roots, std::vector<Node*> replaced)
   const auto on_device = std::find_if(gradients_.begin(), gradients_.end(), [](const at::Tensor& gradient) {
     return gradient.defined() && !gradient.is_cpu();
   });
-  static const at::Tensor kNothing = at::zeros({});
-  input_ = on_device == gradients_.end() ? kNothing : *on_device;
+  input_ = on_device == gradients_.end() ? unread_input() : *on_device;
   add_input_metadata(input_);
 }
 

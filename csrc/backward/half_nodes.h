@@ -8,6 +8,7 @@
 
 namespace pp_runtime {
 
+class LeafPaths;
 struct WeightProduct;
 
 /// What the engine does before a node runs, for a node that is run in another's place: its hooks, in the engine's
@@ -23,11 +24,22 @@ torch::autograd::variable_list run_hooks_before(torch::autograd::Node& node, tor
 class HalfNode : public torch::autograd::Node {
  public:
   using Node::Node;
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override = 0;
   /// Turns from I to W: next edges become the weight-side ones, and what only I needed is let go.
   virtual void begin_weight_half() = 0;
   /// In W, makes `next` wait for this node. The engine would run them in this order anyway, but through a queue that
   /// holds all of them at once, whose every step then takes longer the deeper the stage.
   void run_before(const c10::intrusive_ptr<HalfNode>& next);
+  /// In W, makes this node take its gradients along the free paths itself. True if that is all of them: then the engine
+  /// has nothing to do with this node.
+  bool shorten(const LeafPaths& paths);
+
+ protected:
+  /// Takes away the gradients whose paths are this node's own and accumulates them.
+  void follow_own_paths(torch::autograd::variable_list& gradients) const;
+
+ private:
+  torch::autograd::edge_list own_paths_;  // where next_edges has an invalid one
 };
 
 /// Runs a node of which each half is a product of its own (matrix products, convolutions) twice: for the input side
@@ -79,6 +91,18 @@ class KeepNode final : public HalfNode {
   torch::autograd::edge_list weight_edges_;
   torch::autograd::variable_list gradients_;
   bool in_weight_half_ = false;
+};
+
+/// In W, runs HalfNodes that take all their gradients to the leaves themselves.
+class HalvesNode final : public torch::autograd::Node {
+ public:
+  explicit HalvesNode(std::vector<c10::intrusive_ptr<HalfNode>> halves);
+
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& unused) override;
+  std::string name() const override;
+
+ private:
+  std::vector<c10::intrusive_ptr<HalfNode>> halves_;
 };
 
 /// Catches the gradients in front of an input's node, so that nothing behind the input runs; the tensor's own hooks do.

@@ -1,5 +1,7 @@
 #include "split_backward.h"
 
+#include <torch/csrc/autograd/anomaly_mode.h>
+
 #include <algorithm>
 #include <iterator>
 #include <stdexcept>
@@ -9,6 +11,7 @@
 #include "full_backward.h"
 #include "graph_splitter.h"
 #include "half_nodes.h"
+#include "leaf_paths.h"
 
 namespace pp_runtime {
 
@@ -44,6 +47,22 @@ std::unique_ptr<WeightHalf> run_input_half(GraphSplitter splitter, Roots roots) 
   return weight_half;
 }
 
+/// Takes out the halves that the engine has nothing to do with.
+std::vector<c10::intrusive_ptr<HalfNode>> take_independent(std::vector<c10::intrusive_ptr<HalfNode>>& halves,
+                                                           const Roots& roots) {
+  LeafPaths paths;
+  paths.count(roots.edges);
+  for (const auto& half : halves) {
+    paths.count(half->next_edges());
+  }
+  const auto first =
+      std::stable_partition(halves.begin(), halves.end(), [&paths](const auto& half) { return !half->shorten(paths); });
+  std::vector<c10::intrusive_ptr<HalfNode>> independent(std::make_move_iterator(first),
+                                                        std::make_move_iterator(halves.end()));
+  halves.erase(first, halves.end());
+  return independent;
+}
+
 }  // namespace
 
 WeightHalf::WeightHalf(std::vector<c10::intrusive_ptr<HalfNode>> halves, Roots roots)
@@ -57,12 +76,18 @@ void WeightHalf::run(bool keep_graph) {
   }
   has_run_ = true;
   Roots roots = std::move(roots_);
-  if (!halves_.empty()) {
-    std::sort(halves_.begin(), halves_.end(),
-              [](const auto& left, const auto& right) { return left->sequence_nr() > right->sequence_nr(); });
-    for (size_t i = 0; i + 1 < halves_.size(); ++i) {
-      halves_[i]->run_before(halves_[i + 1]);
+  std::sort(halves_.begin(), halves_.end(),
+            [](const auto& left, const auto& right) { return left->sequence_nr() > right->sequence_nr(); });
+  if (!keep_graph && !torch::autograd::AnomalyMode::is_enabled()) {
+    if (auto independent = take_independent(halves_, roots); !independent.empty()) {
+      roots.edges.emplace_back(c10::make_intrusive<HalvesNode>(std::move(independent)), 0);
+      roots.grads.emplace_back();
     }
+  }
+  for (size_t i = 0; i + 1 < halves_.size(); ++i) {
+    halves_[i]->run_before(halves_[i + 1]);
+  }
+  if (!halves_.empty()) {
     roots.edges.emplace_back(std::move(halves_.front()), 0);
     roots.grads.emplace_back();
     halves_.clear();
