@@ -138,3 +138,10 @@ def test_a_sender_need_not_be_ahead_of_a_receiver_that_takes_as_it_comes(name, s
 
 def test_a_sender_must_be_ahead_of_a_receiver_that_first_does_something_else():
     assert max(ahead_of("LoopedBFS", 2, 4, 64)) == 62
+
+
+def test_the_sender_that_would_wait_longest_may_be_ahead():
+    order, placement = build_order("LoopedBFS", 2, 4, 8)
+    limits = channel_limits(insert_communication(order, placement), placement)
+    # Rank 0 runs stage 0 on every microbatch before it takes the first activation for stage 2; the others keep pace.
+    assert [limits[Edge(stage, stage + 1), False].ahead for stage in range(3)] == [1, 6, 1]

@@ -12,6 +12,7 @@ as in LoopedBFS, whose receiver is bound to do something else first.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -81,6 +82,7 @@ class _Run:
         stages = len(placement)
         remote = neighbours(stages, edges).on_other_ranks(placement)
         self.order = order
+        self.placement = placement
         self.keys: list[ChannelKey] = []
         self.row_of: list[int] = []  # channel -> row of its receiver
         self.out_of: list[list[int]] = [[] for _ in range(2 * stages)]  # row of the sender -> channels
@@ -170,9 +172,11 @@ class _Run:
 
     def _give_room(self, place: dict[int, int], waiting: dict[int, int]) -> int:
         senders = [c for c, rank in waiting.items() if self.steps[rank][place[rank]] % 3 == _Run._SEND]
+        # Whose receiver has most to do before it takes the message would wait longest.
+        senders.sort(key=lambda channel: self._steps_before_take(place, channel), reverse=True)
         # Being further ahead costs nothing where there is room.
         for limit, used in ((self.ahead, self.received), (self.room, self.freed)):
-            for channel in sorted(senders, key=waiting.__getitem__):
+            for channel in senders:
                 if self.sent[channel] - used[self.row_of[channel]] >= limit[channel]:
                     limit[channel] += 1
                     return waiting.pop(channel)
@@ -182,6 +186,14 @@ class _Run:
         raise InvalidOrderError(
             f"Rank {rank} waits for ever for {'a gradient' if backward else 'an activation'} of stage {stage}."
         )
+
+    def _steps_before_take(self, place: dict[int, int], channel: int) -> int:
+        row = self.row_of[channel]
+        receiver = self.placement[row % len(self.placement)]
+        steps, begin = self.steps[receiver], place[receiver]
+        with contextlib.suppress(ValueError):
+            return steps.index(3 * row + _Run._RECEIVE, begin) - begin
+        return len(steps)
 
 
 def _steps(
