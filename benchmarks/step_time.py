@@ -4,12 +4,12 @@
     python benchmarks/step_time.py --schedules GPipe 1F1B --sizes linear --csv step.csv --png step.png
 
 Two processes, each pinned to a core with one thread, over gloo. Both libraries run in the same processes on the same
-modules; their steps alternate, which goes first alternates too, and medians are compared. A step is timed from the
-moment when both ranks stand ready to the moment when both are done.
+modules; they alternate, which goes first alternates too, and medians are compared. A turn is an untimed step and some
+timed ones one after the other, as in a job; they end when both ranks are done.
 
-The bound is the makespan of the schedule's order at the times of F, B, I and W of each stage run by itself, both cores
-busy: I is the backward for the inputs alone and W what B takes beyond it, so a bound pays nothing for splitting,
-messages or bookkeeping. Efficiency is bound / step.
+The bound is the makespan of the schedule's order at the times that F, B, I and W of each stage take in plain PyTorch,
+sampled between the turns with both cores busy: I is the backward for the inputs alone and W what B takes beyond it, so
+a bound pays nothing for splitting, messages or bookkeeping. Efficiency is bound / step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,9 +33,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from stages_alone import StagesAlone
 from step_time_table import Row, heading, line, save_png, write_csv
 
+if TYPE_CHECKING:
+    from pp_runtime.ir import Order, Placement
+
 RANKS = 2
+STEPS_TIMED = 4  # in a turn
 TORCH_SCHEDULES = (
     "GPipe",
     "1F1B",
@@ -114,16 +119,18 @@ class Batch:
         self.y = torch.randn(rows * microbatches, *rest)
 
 
-def timed_step(pipeline: Pipeline) -> tuple[float, float]:
-    """When this rank began and ended a step that all ranks begin together; ranks of one host share the clock."""
+def timed_steps(pipeline: Pipeline) -> tuple[float, float]:
+    """When this rank began and ended some steps, as a job does them; ranks of one host share the clock."""
     dist.barrier()
-    begin = time.monotonic()
     pipeline.step()
+    begin = time.monotonic()
+    for _ in range(STEPS_TIMED):
+        pipeline.step()
     return begin, time.monotonic()
 
 
-def median_steps(pipelines: Sequence[Pipeline], rounds: int) -> list[float]:
-    """The median step of each pipeline in seconds; their steps alternate."""
+def medians_of(pipelines: Sequence[Pipeline], alone: StagesAlone, rounds: int) -> list[float]:
+    """The median step of each pipeline in seconds. A round has a turn of each and a sample of the stages alone."""
     for pipeline in pipelines:
         for _ in range(3):
             pipeline.step()
@@ -131,77 +138,36 @@ def median_steps(pipelines: Sequence[Pipeline], rounds: int) -> list[float]:
     for turn in range(rounds):
         numbers = range(len(pipelines))
         for i in reversed(numbers) if turn % 2 else numbers:
-            moments[i].append(timed_step(pipelines[i]))
+            moments[i].append(timed_steps(pipelines[i]))
+        dist.barrier()
+        alone.sample()
     everyones: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, moments)
     medians = []
     for i in range(len(pipelines)):
         spans = [
-            max(end for _, end in ranks) - max(begin for begin, _ in ranks)
+            (max(end for _, end in ranks) - max(begin for begin, _ in ranks)) / STEPS_TIMED
             for ranks in zip(*(theirs[i] for theirs in everyones), strict=True)
         ]
         medians.append(statistics.median(spans))
     return medians
 
 
-def seconds_of(work: Callable[[], None], repeats: int = 15) -> float:
-    """The median time of some work."""
-    times = []
-    for turn in range(repeats + 3):
-        begin = time.monotonic()
-        work()
-        if turn >= 3:
-            times.append(time.monotonic() - begin)
-    return statistics.median(times)
-
-
-def stage_times(module: nn.Module, size: Size, first: bool, last: bool) -> dict[str, float]:
-    """F, B, I and W of a stage by itself; the last one's F has the loss, the first one's I nothing to do."""
-    x = torch.randn(size.microbatch).requires_grad_(not first)
-    y = torch.randn(size.microbatch)
-    parameters = list(module.parameters())
-
-    def forward() -> torch.Tensor:
-        out = module(x)
-        return nn.functional.mse_loss(out, y) if last else out
-
-    def backward(wanted: list[torch.Tensor]) -> float:
-        # Only what leads to a tensor that wants a gradient is in the graph, as it is in a split backward.
-        for parameter in parameters:
-            parameter.requires_grad_(any(parameter is one for one in wanted))
-        gradient = torch.ones(()) if last else torch.randn(size.microbatch)
-        graphs = [forward() for _ in range(18)]
-        taken = seconds_of(lambda: torch.autograd.backward(graphs.pop(), gradient))
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        return taken
-
-    dist.barrier()
-    whole = backward(parameters)
-    inputs = 0.0 if first else min(whole, backward([]))
-    for parameter in parameters:
-        parameter.grad = None
-    return {"F": seconds_of(lambda: None if forward() is None else None), "I": inputs, "W": whole - inputs, "B": whole}
-
-
-def bound(schedule: str, modules: dict[int, nn.Module], count: int, microbatches: int, size: Size) -> float:
-    """The makespan in seconds of the schedule's order at the stages' own times."""
+def bound(order: Order, placement: Placement, alone: StagesAlone) -> float:
+    """The makespan in seconds of the order at the stages' own times."""
     from pp_runtime.costs import Costs
-    from pp_runtime.schedules.catalogue import build_order
     from pp_runtime.simulate import simulate
 
-    mine = {i: stage_times(module, size, i == 0, i == count - 1) for i, module in modules.items()}
     everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, mine)
+    dist.all_gather_object(everyones, alone.times())
     of_stage = {i: times for theirs in everyones for i, times in theirs.items()}
-    costs = Costs.from_mapping({kind: [of_stage[i][kind] for i in range(count)] for kind in "FIWB"})
-    order, placement = build_order(schedule, RANKS, count, microbatches)
+    costs = Costs.from_mapping({kind: [of_stage[i][kind] for i in range(len(placement))] for kind in "FIWB"})
     return simulate(order, costs, placement=placement).makespan
 
 
 def measure(name: str, schedule: str, microbatches: int, rounds: int) -> Row:
     """One line of the table; called on every rank."""
-    from pp_runtime.schedules.catalogue import ORDERS
+    from pp_runtime.schedules.catalogue import ORDERS, build_order
     from pp_runtime.schedules.placement import stages_of_rank
 
     size, spec = SIZES[name], ORDERS[schedule]
@@ -210,9 +176,11 @@ def measure(name: str, schedule: str, microbatches: int, rounds: int) -> Row:
     batch = Batch(size, microbatches)
     libraries = ["ours", "torch"] if schedule in TORCH_SCHEDULES else ["ours"]
     pipelines = [Pipeline(library, schedule, modules, count, batch) for library in libraries]
-    ours, *others = median_steps(pipelines, rounds)
+    order, placement = build_order(schedule, RANKS, count, microbatches)
+    alone = StagesAlone(modules, count - 1, size.microbatch, order[dist.get_rank()])
+    ours, *others = medians_of(pipelines, alone, rounds)
     theirs = others[0] if others else None
-    least = bound(schedule, modules, count, microbatches, size)
+    least = bound(order, placement, alone)
     return Row(
         size=name,
         schedule=schedule,
@@ -257,7 +225,7 @@ def parse_flags() -> argparse.Namespace:
     )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=41, help="timed steps of each library")
+    parser.add_argument("--rounds", type=int, default=21, help="turns of each library")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--png", type=Path)
     return parser.parse_args()

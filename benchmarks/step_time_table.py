@@ -29,7 +29,7 @@ def heading(ranks: int, cores: int, microbatches: int, rounds: int) -> str:
     """How it was run, and the names of the columns."""
     columns = f"{'size':8} {'schedule':22} {'ours ms':>8} {'torch ms':>9} {'torch/ours':>10} {'bound ms':>9} "
     how = f"torch {torch.__version__}, {ranks} ranks on {min(cores, ranks)} cores, gloo, {microbatches} microbatches"
-    return f"{how}, medians of {rounds} interleaved steps\n{columns}{'efficiency':>10} {'torch':>6}"
+    return f"{how}, medians of {rounds} interleaved turns\n{columns}{'efficiency':>10} {'torch':>6}"
 
 
 def line(row: Row) -> str:
