@@ -89,6 +89,11 @@ std::shared_ptr<Segment> Segment::open(int64_t pid, int fd, size_t bytes) {
   return std::shared_ptr<Segment>(new Segment(data, bytes, -1));
 }
 
+void Segment::drop_pages(size_t offset, size_t bytes) const {
+  // Where the kernel will not, they stay until the segment goes.
+  fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset), static_cast<off_t>(bytes));
+}
+
 Segment::~Segment() {
   munmap(data_, bytes_);
   if (fd_ >= 0) {

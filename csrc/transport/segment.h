@@ -23,6 +23,9 @@ class Segment {
   Segment& operator=(const Segment&) = delete;
   ~Segment();
 
+  /// Gives whole pages back to the system; who reads them later reads zeros. By the segment's maker only.
+  void drop_pages(size_t offset, size_t bytes) const;
+
   char* data() const { return data_; }
   size_t bytes() const { return bytes_; }
   int fd() const { return fd_; }

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <unordered_map>
+#include <utility>
 
 namespace pp_runtime {
 
@@ -52,10 +53,11 @@ SharedSendChannel::SharedSendChannel(uint32_t credits, uint32_t ahead, std::stri
       head_(new (control_->data()) ChannelHead),
       credits_(std::min(std::max(credits, 2U), kRingEntries / 2)),
       ahead_(std::min(std::max(ahead, 1U), kRingEntries / 2)),
+      ring_(std::bit_ceil(ahead_)),
       name_(std::move(name)),
       watch_(std::move(watch)) {
   head_->credits = credits_;
-  head_->ring = std::bit_ceil(ahead_);
+  head_->ring = ring_;
   head_->magic = kMagic;
 }
 
@@ -74,9 +76,10 @@ void SharedSendChannel::collect_returns() {
       throw std::runtime_error("shared memory channel " + name_ + " is corrupted: block " + std::to_string(id) +
                                " came back");
     }
-    // A block of an outgrown size is not used again; its pages stay until the channel goes.
     if (blocks_[id].bytes == block_bytes_) {
       free_.push_back(id);
+    } else {
+      drop_pages(id);
     }
   }
 }
@@ -96,7 +99,9 @@ bool SharedSendChannel::grow(size_t bytes) {
   const auto index = static_cast<uint32_t>(segments_.size() - 1);
   head_->segments[index] = {.fd = segments_.back()->fd(), .bytes = segments_.back()->bytes()};
   if (larger) {
-    free_.clear();
+    for (const uint32_t outgrown : std::exchange(free_, {})) {
+      drop_pages(outgrown);
+    }
     usable_blocks_ = 0;
     block_bytes_ = block_bytes;
   }
@@ -106,6 +111,11 @@ bool SharedSendChannel::grow(size_t bytes) {
   }
   usable_blocks_ += count;
   return true;
+}
+
+/// A block of an outgrown size is not used again.
+void SharedSendChannel::drop_pages(uint32_t block) {
+  segments_[blocks_[block].segment]->drop_pages(blocks_[block].offset, blocks_[block].bytes);
 }
 
 void SharedSendChannel::wait_for_takes() {
@@ -146,11 +156,11 @@ void SharedSendChannel::send(Message message) {
   char* bytes = segments_[block.segment]->data() + block.offset;
   std::memcpy(bytes, description.data(), description.size());
   pack(message, spec, bytes + payload_at);
-  head_->descriptors[sent_ % head_->ring] = {.block = id,
-                                             .segment = block.segment,
-                                             .offset = block.offset,
-                                             .description_bytes = description.size(),
-                                             .total_bytes = total};
+  head_->descriptors[sent_ % ring_] = {.block = id,
+                                       .segment = block.segment,
+                                       .offset = block.offset,
+                                       .description_bytes = description.size(),
+                                       .total_bytes = total};
   ++sent_;
   head_->messages.raise();
 }
@@ -214,6 +224,13 @@ SharedReceiveChannel::SharedReceiveChannel(Peer sender, int fd, std::string name
   if (head_->magic != kMagic) {
     throw std::runtime_error("the shared memory of channel " + name_ + " was not made by pp_runtime");
   }
+  // Read once: what the peer writes there later is not looked at.
+  ring_ = head_->ring;
+  credits_ = head_->credits;
+  if (!std::has_single_bit(ring_) || ring_ > kRingEntries || credits_ > kRingEntries / 2) {
+    throw std::runtime_error("shared memory channel " + name_ + " is corrupted: it says " + std::to_string(ring_) +
+                             " descriptors and " + std::to_string(credits_) + " credits");
+  }
 }
 
 char* SharedReceiveChannel::block(uint32_t segment, size_t offset, size_t bytes) {
@@ -237,7 +254,7 @@ Message SharedReceiveChannel::receive() {
   const auto has_message = [&] { return head_->messages.count.load(std::memory_order_acquire) != taken_; };
   wait_for_peers(*watch_, spin_, has_message,
                  [&](std::chrono::nanoseconds spin) { head_->messages.wait(taken_, spin, Watch::kInterval); });
-  const Descriptor descriptor = head_->descriptors[taken_++ % head_->ring];
+  const Descriptor descriptor = head_->descriptors[taken_++ % ring_];
   head_->taken.raise();
   char* bytes = block(descriptor.segment, descriptor.offset, descriptor.total_bytes);
   if (descriptor.description_bytes > descriptor.total_bytes) {
@@ -252,7 +269,7 @@ Message SharedReceiveChannel::receive() {
   auto lease = std::make_shared<Lease>(returns_, segments_[descriptor.segment], descriptor.block);
   // With the last free block in use the sender would have to wait until somebody lets go of a tensor, so this message
   // is moved out.
-  const bool move_out = returns_->held() + 1 >= head_->credits;
+  const bool move_out = returns_->held() + 1 >= credits_;
   Message message{.frame = spec.frame, .tensors = {}, .requires_grad = {}, .structure = std::move(spec.structure)};
   message.tensors.reserve(spec.tensors.size());
   message.requires_grad.reserve(spec.tensors.size());

@@ -45,7 +45,7 @@ class SharedSendChannel : public SendChannel {
   uint32_t take_block(size_t bytes);
   void collect_returns();
   bool grow(size_t bytes);
-  size_t capacity() const;
+  void drop_pages(uint32_t block);
 
   std::shared_ptr<Segment> control_;
   ChannelHead* head_;
@@ -56,6 +56,7 @@ class SharedSendChannel : public SendChannel {
   uint32_t usable_blocks_ = 0;
   uint32_t credits_;
   uint32_t ahead_;
+  uint32_t ring_;
   uint32_t sent_ = 0;
   uint32_t returns_read_ = 0;
   std::string name_;
@@ -84,6 +85,8 @@ class SharedReceiveChannel : public ReceiveChannel {
   ChannelHead* head_;
   std::vector<std::shared_ptr<Segment>> segments_;
   std::shared_ptr<BlockReturns> returns_;
+  uint32_t ring_;
+  uint32_t credits_;
   uint32_t taken_ = 0;
   std::string name_;
   std::shared_ptr<Watch> watch_;

@@ -12,11 +12,13 @@
 #include <torch/csrc/distributed/c10d/HashStore.hpp>
 
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <csignal>
+#include <cstring>
 #include <random>
 #include <thread>
 
@@ -175,6 +177,36 @@ TEST(a_segment_is_refused_where_it_is_too_small_or_not_one) {
   EXPECT(ftruncate(unsealed, 100) == 0);
   ERROR_OF(std::runtime_error, Segment::open(getpid(), unsealed, 100));
   close(unsealed);
+}
+
+TEST(dropped_pages_are_given_back) {
+  constexpr size_t kPage = 4096;
+  const auto segment = Segment::create(8 * kPage);
+  std::memset(segment->data(), 1, segment->bytes());
+  const auto pages = [&segment] {
+    struct stat status = {};
+    EXPECT(fstat(segment->fd(), &status) == 0);
+    return static_cast<size_t>(status.st_blocks) * 512 / kPage;
+  };
+  EXPECT(pages() == 8);
+  segment->drop_pages(2 * kPage, 5 * kPage);
+  EXPECT(pages() == 3);
+  EXPECT(segment->data()[2 * kPage - 1] == 1 && segment->data()[2 * kPage] == 0 && segment->data()[7 * kPage] == 1);
+}
+
+TEST(a_channel_whose_numbers_were_changed_is_refused) {
+  const auto refusal = [](size_t at, uint32_t number) {
+    const SharedSendChannel sender(3, 4, "test", new_watch());
+    const auto control = Segment::open(getpid(), sender.fd(), 64);
+    std::memcpy(control->data() + at, &number, sizeof(number));
+    return ERROR_OF(std::runtime_error,
+                    SharedReceiveChannel({.rank = 0, .pid = getpid()}, sender.fd(), "test", new_watch(), kNoSpin));
+  };
+  EXPECT(refusal(0, 7).find("was not made by pp_runtime") != std::string::npos);
+  EXPECT(refusal(8, 1U << 20).find("1048576 credits") != std::string::npos);
+  for (const uint32_t descriptors : {0U, 3U, 1U << 20, ~0U}) {
+    EXPECT(refusal(12, descriptors).find(std::to_string(descriptors) + " descriptors") != std::string::npos);
+  }
 }
 
 TEST(a_ring_between_threads) {
