@@ -47,7 +47,9 @@ py::object without_graph(const py::object& output) {
     }
     return items;
   }
-  return output;
+  const bool is_plain =
+      output.is_none() || PyLong_Check(output.ptr()) || PyFloat_Check(output.ptr()) || PyUnicode_Check(output.ptr());
+  return is_plain ? output : py::module_::import("pp_runtime.payload").attr("without_graph")(output);
 }
 
 py::list hand_over(std::vector<py::object>& objects) {

@@ -94,6 +94,17 @@ def tensors_and_structure(output: Any, stage_index: int) -> tuple[list[torch.Ten
     return list(tensors), structure
 
 
+def without_graph(output: Any) -> Any:
+    """A copy of an object in which every tensor is detached; the object itself where it cannot be copied."""
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    try:
+        pickler.dump(output)
+        return _Unpickler(io.BytesIO(file.getvalue()), tuple(tensor.detach() for tensor in pickler.tensors)).load()
+    except Exception:  # whatever an object's own __reduce__ or __setstate__ raises
+        return output
+
+
 def _refuse(stage_index: int, output: Any, error: Exception | None) -> NoReturn:
     found = _first_offender(output, "the output")
     if found is not None:

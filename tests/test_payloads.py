@@ -107,6 +107,33 @@ def _train_over_c10d(rank: int) -> list[str]:
     return _train(rank, "1F1B", 1, "nested")
 
 
+class Ends(nn.Module):
+    """A last stage that returns an object; with a function in it, one that cannot be copied."""
+
+    def __init__(self, copied: bool) -> None:
+        super().__init__()
+        self.linear, self.copied = nn.Linear(WIDTH, WIDTH), copied
+
+    def forward(self, x: Tensor) -> Hidden:
+        states = self.linear(x)
+        return Hidden(states, {"pair": [states, None if self.copied else lambda: None]}, 3)
+
+
+def _end(rank: int, copied: bool) -> None:
+    stages = make_stages({rank: Ends(copied) if rank else nn.Linear(WIDTH, WIDTH)}, 2)
+    pipeline = make_schedule("1F1B", stages, 1, lambda output, target: F.mse_loss(output.states, target))
+    outcome = step(pipeline, stages, rows_of_floats(2, 0))
+    if rank:
+        output = outcome.outputs
+        assert type(output) is Hidden and output.depth == 3 and output.others["pair"][0] is output.states
+        assert output.states.requires_grad is not copied  # what cannot be copied is given as it is
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_an_object_that_the_last_stage_returns_holds_no_graph(copied: bool) -> None:
+    ranks.run(_end, 2, copied=copied)
+
+
 class Local:
     """What a stage may not return, each under a name."""
 
