@@ -211,21 +211,6 @@ MessageSpec MessageSpec::decode(const char* bytes, size_t size) {
   return spec;
 }
 
-bool MessageSpec::same_layout(const MessageSpec& other) const {
-  if (tensors.size() != other.tensors.size() || structure != other.structure) {
-    return false;
-  }
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const TensorSpec& ours = tensors[i];
-    const TensorSpec& theirs = other.tensors[i];
-    if (ours.defined != theirs.defined || ours.requires_grad != theirs.requires_grad || ours.dtype != theirs.dtype ||
-        ours.sizes != theirs.sizes || ours.strides != theirs.strides) {
-      return false;
-    }
-  }
-  return true;
-}
-
 std::string MessageSpec::describe() const {
   std::ostringstream text;
   text << "(";

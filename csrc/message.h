@@ -66,7 +66,6 @@ struct MessageSpec {
   /// Throws std::runtime_error where the bytes are not a description that `encode` could have made.
   static MessageSpec decode(const char* bytes, size_t size);
   std::string encode() const;
-  bool same_layout(const MessageSpec& other) const;
   std::string describe() const;
 };
 
