@@ -1,14 +1,17 @@
-"""Many steps with random delays: whatever the timing, the numbers are the plain model's and nothing hangs."""
+"""Many steps with random delays before every action and message: the numbers stay the plain model's, nothing hangs."""
 
 from __future__ import annotations
 
 import os
 import random
 import time
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
 
 import pytest
-from torch import Tensor, nn
 
+from pp_runtime.lowering import _CALL, Lowering
 from tests import ranks
 from tests.pipelines import EVERY_SCHEDULE, ONE_STAGE, Setting, Twins
 
@@ -20,24 +23,29 @@ CASES += [(schedule, "c10d") for schedule in (EVERY_SCHEDULE if SOAK else ("1F1B
 
 
 class _Delays:
-    """Sleeps now and then, before forwards and between backwards."""
+    """Sleeps now and then, before any action, send and receive of a rank."""
 
     def __init__(self, rank: int) -> None:
         self.draw = random.Random(rank)
+        self.slept = 0
 
     def sleep(self) -> None:
-        if self.draw.random() < 0.3:
+        if self.draw.random() < 0.2:
+            self.slept += 1
             time.sleep(self.draw.random() * LONGEST)
 
-    def before_forward(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.sleep()
+    def in_programs(self) -> AbstractContextManager[object]:
+        """While it stands, programs are made with a call of `sleep` before each of their instructions."""
+        emit = Lowering._emit
 
-    def after_forward(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(self.in_backward)
+        def delayed(lowering: Lowering, operation: int, *numbers: Any, **others: Any) -> None:
+            if operation != _CALL:
+                emit(lowering, _CALL, -1, None, callback=len(lowering._lowered.callbacks))
+                lowering._lowered.callbacks.append(self.sleep)
+                lowering._lowered.callback_names.append("delay")
+            emit(lowering, operation, *numbers, **others)
 
-    def in_backward(self, gradient: Tensor) -> None:
-        self.sleep()
+        return mock.patch.object(Lowering, "_emit", delayed)
 
 
 def _train(
@@ -46,13 +54,11 @@ def _train(
     os.environ["PP_RUNTIME_TRANSPORT"] = transport
     twins = Twins(rank, Setting(schedule, microbatches, stages_per_rank))
     delays = _Delays(rank)
-    for module in twins.mine.values():
-        module.register_forward_pre_hook(delays.before_forward)
-        module.register_forward_hook(delays.after_forward)
     found = []
-    for number in range(steps):
-        found += twins.train(f"step {number}", twins.example.batch(2 * microbatches, number))
-    return found
+    with delays.in_programs():
+        for number in range(steps):
+            found += twins.train(f"step {number}", twins.example.batch(2 * microbatches, number))
+    return found if delays.slept else [*found, "nothing was delayed"]
 
 
 @pytest.mark.parametrize(("schedule", "transport"), CASES)
