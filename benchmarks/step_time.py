@@ -9,7 +9,8 @@ timed ones one after the other, as in a job; they end when both ranks are done.
 
 The bound is the makespan of the schedule's order at the times that F, B, I and W of each stage take in plain PyTorch,
 sampled between the turns with both cores busy: I is the backward for the inputs alone and W what B takes beyond it, so
-a bound pays nothing for splitting, messages or bookkeeping. Efficiency is bound / step.
+a bound pays nothing for splitting, messages or bookkeeping. Efficiency is bound / step; "+split" is the same where the
+bound pays for I and W what they take by themselves, split as pp_runtime does it.
 """
 
 from __future__ import annotations
@@ -153,13 +154,13 @@ def medians_of(pipelines: Sequence[Pipeline], alone: StagesAlone, rounds: int) -
     return medians
 
 
-def bound(order: Order, placement: Placement, alone: StagesAlone) -> float:
-    """The makespan in seconds of the order at the stages' own times."""
+def bound(order: Order, placement: Placement, own_times: dict[int, dict[str, float]]) -> float:
+    """The makespan in seconds of the order at the stages' own times, of which each rank gives its part."""
     from pp_runtime.costs import Costs
     from pp_runtime.simulate import simulate
 
     everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, alone.times())
+    dist.all_gather_object(everyones, own_times)
     of_stage = {i: times for theirs in everyones for i, times in theirs.items()}
     costs = Costs.from_mapping({kind: [of_stage[i][kind] for i in range(len(placement))] for kind in "FIWB"})
     return simulate(order, costs, placement=placement).makespan
@@ -167,6 +168,7 @@ def bound(order: Order, placement: Placement, alone: StagesAlone) -> float:
 
 def measure(name: str, schedule: str, microbatches: int, rounds: int) -> Row:
     """One line of the table; called on every rank."""
+    from pp_runtime.ir import BACKWARD_WEIGHT, leaves
     from pp_runtime.schedules.catalogue import ORDERS, build_order
     from pp_runtime.schedules.placement import stages_of_rank
 
@@ -180,7 +182,9 @@ def measure(name: str, schedule: str, microbatches: int, rounds: int) -> Row:
     alone = StagesAlone(modules, count - 1, size.microbatch, order[dist.get_rank()])
     ours, *others = medians_of(pipelines, alone, rounds)
     theirs = others[0] if others else None
-    least = bound(order, placement, alone)
+    least = bound(order, placement, alone.times())
+    splits = any(action.computation_type is BACKWARD_WEIGHT for actions in order.values() for action in leaves(actions))
+    split = bound(order, placement, alone.times_when_split()) if splits else None
     return Row(
         size=name,
         schedule=schedule,
@@ -191,6 +195,7 @@ def measure(name: str, schedule: str, microbatches: int, rounds: int) -> Row:
         bound_ms=least * 1e3,
         efficiency=least / ours,
         torch_efficiency=theirs and least / theirs,
+        efficiency_when_split=split and split / ours,
     )
 
 

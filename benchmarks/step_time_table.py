@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; times in milliseconds, None where torch has no such schedule."""
+    """One line of the table; times in milliseconds, None where torch has no such schedule or nothing is split."""
 
     size: str
     schedule: str
@@ -23,22 +23,24 @@ class Row:
     bound_ms: float
     efficiency: float
     torch_efficiency: float | None
+    efficiency_when_split: float | None
 
 
 def heading(ranks: int, cores: int, microbatches: int, rounds: int) -> str:
     """How it was run, and the names of the columns."""
     columns = f"{'size':8} {'schedule':22} {'ours ms':>8} {'torch ms':>9} {'torch/ours':>10} {'bound ms':>9} "
     how = f"torch {torch.__version__}, {ranks} ranks on {min(cores, ranks)} cores, gloo, {microbatches} microbatches"
-    return f"{how}, medians of {rounds} interleaved turns\n{columns}{'efficiency':>10} {'torch':>6}"
+    return f"{how}, medians of {rounds} interleaved turns\n{columns}{'efficiency':>10} {'+split':>6} {'torch':>6}"
 
 
 def line(row: Row) -> str:
     """A row as text."""
     theirs = f"{row.torch_ms:9.2f} {row.torch_over_ours:9.2f}x" if row.torch_ms else f"{'-':>9} {'-':>10}"
+    when_split = f"{row.efficiency_when_split:6.0%}" if row.efficiency_when_split else f"{'-':>6}"
     their_efficiency = f"{row.torch_efficiency:6.0%}" if row.torch_efficiency else f"{'-':>6}"
     return (
         f"{row.size:8} {row.schedule:22} {row.ours_ms:8.2f} {theirs} {row.bound_ms:9.2f} "
-        f"{row.efficiency:10.0%} {their_efficiency}"
+        f"{row.efficiency:10.0%} {when_split} {their_efficiency}"
     )
 
 

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -137,6 +138,11 @@ def test_the_benchmark_measures_both_libraries(tmp_path: Path) -> None:
     )
     assert float(zb1p["ours_ms"]) > 0 and zb1p["torch_ms"] == ""  # torch has no ZB1P
     assert is_png(tmp_path / "a.png")
+
+
+def test_the_checks_of_a_step_cost_next_to_nothing() -> None:
+    shares = re.findall(r"checks +[\d.]+ us: ([\d.]+)%", run_python(ROOT / "benchmarks" / "checks.py"))
+    assert len(shares) == 4 and max(map(float, shares)) < 2, shares
 
 
 def test_stages_together_are_the_model() -> None:

@@ -1,0 +1,90 @@
+"""Step time with more ranks than cores, ours and torch's.
+
+    python benchmarks/many_ranks.py --ranks 2 4 8 --sizes linear small
+
+Every rank holds stages of the same size, so the work grows with the ranks, and so should a step: by no more than the
+ranks, once they share the cores. ``a rank`` is the step divided by the ranks, in units of that with 2 ranks. Ranks are
+not pinned, have a thread each, and their steps are timed in a row, as in step_time.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+from typing import Any
+
+from step_time import SIZES, STEPS_TIMED, TORCH_SCHEDULES, Batch, Pipeline, timed_steps  # isort: skip  # finds pp_runtime
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def seconds_a_step(pipelines: list[Pipeline], turns: int) -> list[float]:
+    """The median step of each pipeline; their turns alternate."""
+    taken: list[list[float]] = [[] for _ in pipelines]
+    for _ in range(turns):
+        for pipeline, times in zip(pipelines, taken, strict=True):
+            begin, end = timed_steps(pipeline)
+            times.append((end - begin) / STEPS_TIMED)
+    return [statistics.median(times) for times in taken]
+
+
+def work(rank: int, ranks: int, flags: argparse.Namespace, store: str, results: Any) -> None:
+    """One rank of a pipeline of every kind."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    from pp_runtime.schedules.catalogue import ORDERS
+    from pp_runtime.schedules.placement import stages_of_rank
+
+    for size in flags.sizes:
+        for schedule in flags.schedules:
+            spec = ORDERS[schedule]
+            count = ranks * (spec.stages_per_rank_allowed[0] if spec.stages_per_rank_allowed else 2)
+            modules = {i: SIZES[size].make() for i in stages_of_rank(spec.placement(ranks, count), rank)}
+            batch = Batch(SIZES[size], flags.microbatches)
+            libraries = ("ours", "torch") if schedule in TORCH_SCHEDULES else ("ours",)
+            pipelines = [Pipeline(library, schedule, modules, count, batch) for library in libraries]
+            times = seconds_a_step(pipelines, flags.turns)
+            if rank == 0:
+                results.put((size, schedule, times))
+            dist.barrier()
+    dist.destroy_process_group()
+
+
+def parse_flags() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4, 6, 8])
+    parser.add_argument("--schedules", nargs="+", default=["1F1B", "Interleaved1F1B", "ZBVZeroBubble"])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["linear", "small"])
+    parser.add_argument("--microbatches", type=int, default=8)
+    parser.add_argument("--turns", type=int, default=7)
+    return parser.parse_args()
+
+
+def main() -> None:
+    flags = parse_flags()
+    print(
+        f"torch {torch.__version__}, {os.cpu_count()} cores, {flags.microbatches} microbatches, steps in milliseconds"
+    )
+    print(f"{'size':8} {'schedule':22} {'ranks':>5} {'ours':>8} {'a rank':>7} {'torch':>8} {'a rank':>7}")
+    few: dict[tuple[str, str], list[float]] = {}
+    for ranks in flags.ranks:
+        results = mp.get_context("spawn").SimpleQueue()
+        with tempfile.TemporaryDirectory() as folder:
+            mp.spawn(work, args=(ranks, flags, f"{folder}/store", results), nprocs=ranks)
+        while not results.empty():
+            size, schedule, times = results.get()
+            first = few.setdefault((size, schedule), [seconds * 2 / ranks for seconds in times])
+            columns = [
+                f"{seconds * 1e3:8.2f} {seconds / ranks / (unit / 2):7.2f}"
+                for seconds, unit in zip(times, first, strict=True)
+            ]
+            print(f"{size:8} {schedule:22} {ranks:5} {' '.join(columns)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
