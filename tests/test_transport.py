@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from pp_runtime import _C, runtime
 from pp_runtime.errors import PipelineError
@@ -144,6 +145,23 @@ def _change_sizes(rank: int, schedule: str, stages_per_rank: int, transport: str
 def test_messages_may_be_larger_than_all_before(schedule: str, stages_per_rank: int, transport: str) -> None:
     arguments = {"schedule": schedule, "stages_per_rank": stages_per_rank, "transport": transport}
     assert ranks.run(_change_sizes, RANKS, **arguments) == [[]] * RANKS
+
+
+def _sends_of_each_step(rank: int) -> list[int]:
+    os.environ["PP_RUNTIME_TRANSPORT"] = "c10d"
+    stages = make_stages({rank: nn.Identity()}, RANKS)
+    pipeline = make_schedule("GPipe", stages, 8, None)
+    counts = []
+    for rows in (8, 8000, 8000, 80, 80):
+        with profile(activities=[ProfilerActivity.CPU]) as events:
+            pipeline.eval(*((torch.zeros(rows, 16),) if rank == 0 else ()))
+        counts.append(sum(event.count for event in events.key_averages() if event.key == "gloo:send"))
+    return counts
+
+
+def test_messages_of_the_size_of_the_last_step_s_travel_in_one_piece() -> None:
+    # Eight microbatches, and the word that the step is done. The second step's are larger than the first's.
+    assert ranks.run(_sends_of_each_step, RANKS)[0] == [9, 17, 9, 9, 9]
 
 
 def _microbatches_of_many_sizes(rank: int, transport: str) -> list[str]:

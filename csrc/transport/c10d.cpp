@@ -2,6 +2,7 @@
 
 #include <ATen/Functions.h>
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <string_view>
@@ -12,9 +13,11 @@ namespace pp_runtime {
 
 namespace {
 
-/// The fixed-size block that begins a message: small enough to cost no more than its latency.
-constexpr size_t kBlockBytes = 4096;
+/// A block of the first size costs no more to send than its latency, so there are no smaller ones.
+constexpr size_t kLargestBlock = 16 << 20;
+/// Receives posted ahead of need: at most so many, and no more than so many bytes where that leaves two.
 constexpr size_t kAhead = 32;
+constexpr size_t kBytesAhead = 1 << 20;
 /// A sender waits for nobody while it has no more than this under way, also where the plan could do with less.
 constexpr size_t kSendsInFlight = 8;
 constexpr std::chrono::milliseconds kGrace{500};
@@ -26,14 +29,22 @@ struct BlockHead {
   /// Where the description is too long for the block, it comes whole in a message of its own.
   uint8_t description_follows;
   uint8_t payload_inside;
+  /// Whether this channel's tensors may lie in its blocks, so that blocks of their size are worth having.
+  uint8_t carries_inside;
 };
 
 at::Tensor bytes_on_host(size_t bytes) { return at::empty({static_cast<int64_t>(bytes)}, at::kByte); }
 
 char* data(const at::Tensor& buffer) { return static_cast<char*>(buffer.mutable_data_ptr()); }
 
-bool fits_inside(size_t description_bytes, size_t payload_bytes) {
-  return align_up(sizeof(BlockHead) + description_bytes, kPayloadAlignment) + payload_bytes <= kBlockBytes;
+/// What a message takes that lies in one block.
+size_t bytes_inside(size_t description_bytes, size_t payload_bytes) {
+  return align_up(sizeof(BlockHead) + description_bytes, kPayloadAlignment) + payload_bytes;
+}
+
+/// The size of the next step's blocks, after a step whose largest message would have taken `bytes`.
+size_t next_block(size_t bytes) {
+  return bytes > kLargestBlock ? kFirstBlock : std::max(align_up(bytes, kFirstBlock), kFirstBlock);
 }
 
 /// A pending operation may still be written to by the backend's thread, so what it uses is kept for the process's life.
@@ -222,12 +233,15 @@ void C10dSendChannel::reap(size_t keep) {
 void C10dSendChannel::send(Message message) {
   const MessageSpec spec = MessageSpec::of(message);
   const std::string description = spec.encode();
-  const bool inside = carries_inside() && fits_inside(description.size(), spec.payload_bytes);
-  const bool follows = sizeof(BlockHead) + description.size() > kBlockBytes;
-  at::Tensor block = bytes_on_host(kBlockBytes);
+  const size_t whole_bytes = bytes_inside(description.size(), spec.payload_bytes);
+  const bool inside = carries_inside() && whole_bytes <= block_bytes_;
+  const bool follows = sizeof(BlockHead) + description.size() > block_bytes_;
+  largest_ = std::max(largest_, carries_inside() ? whole_bytes : 1);
+  at::Tensor block = bytes_on_host(block_bytes_);
   const BlockHead head = {.description_bytes = static_cast<uint32_t>(description.size()),
                           .description_follows = static_cast<uint8_t>(follows),
-                          .payload_inside = static_cast<uint8_t>(inside)};
+                          .payload_inside = static_cast<uint8_t>(inside),
+                          .carries_inside = static_cast<uint8_t>(carries_inside())};
   std::memcpy(data(block), &head, sizeof(head));
   if (!follows) {
     std::memcpy(data(block) + sizeof(head), description.data(), description.size());
@@ -253,7 +267,12 @@ void C10dSendChannel::send_payload(Message message, const MessageSpec& spec) {
   post(std::move(buffer), path_.tag + 1);
 }
 
-void C10dSendChannel::finish_step() { reap(0); }
+void C10dSendChannel::finish_step() {
+  reap(0);
+  if (largest_ > 0) {
+    block_bytes_ = next_block(std::exchange(largest_, 0));
+  }
+}
 
 C10dReceiveChannel::C10dReceiveChannel(C10dPath path, std::shared_ptr<Watch> watch, std::shared_ptr<WaitGuard> guard)
     : path_(std::move(path)), watch_(std::move(watch)), guard_(std::move(guard)) {}
@@ -261,13 +280,18 @@ C10dReceiveChannel::C10dReceiveChannel(C10dPath path, std::shared_ptr<Watch> wat
 C10dReceiveChannel::~C10dReceiveChannel() { abandon(posted_); }
 
 void C10dReceiveChannel::begin_step(size_t messages) {
+  // The sender concluded the same when it finished the last step.
+  if (largest_ > 0) {
+    block_bytes_ = next_block(std::exchange(largest_, 0));
+  }
   to_post_ = messages;
   post_ahead();
 }
 
 void C10dReceiveChannel::post_ahead() {
-  while (to_post_ > 0 && posted_.size() < kAhead) {
-    at::Tensor block = bytes_on_host(kBlockBytes);
+  const size_t most = std::clamp<size_t>(kBytesAhead / block_bytes_, 2, kAhead);
+  while (to_post_ > 0 && posted_.size() < most) {
+    at::Tensor block = bytes_on_host(block_bytes_);
     std::vector<at::Tensor> buffers = {block};
     posted_.push_back(
         {.work = guard_->post(path_.peer, [&] { return path_.group->recv(buffers, path_.peer, path_.tag); }),
@@ -291,16 +315,18 @@ Message C10dReceiveChannel::receive() {
   if (head.description_follows != 0) {
     whole = receive_more(head.description_bytes);
     description = data(whole);
-  } else if (sizeof(head) + head.description_bytes > kBlockBytes) {
+  } else if (sizeof(head) + head.description_bytes > block_bytes_) {
     throw std::runtime_error("channel " + path_.name + ": a message's description is longer than its block");
   }
   MessageSpec spec = MessageSpec::decode(description, head.description_bytes);
+  const size_t whole_bytes = bytes_inside(head.description_bytes, spec.payload_bytes);
+  largest_ = std::max(largest_, head.carries_inside != 0 ? whole_bytes : 1);
   Message message{.frame = spec.frame, .tensors = {}, .requires_grad = {}, .structure = std::move(spec.structure)};
   for (const TensorSpec& tensor : spec.tensors) {
     message.requires_grad.push_back(static_cast<uint8_t>(tensor.requires_grad));
   }
   if (head.payload_inside != 0) {
-    if (!fits_inside(head.description_bytes, spec.payload_bytes)) {
+    if (whole_bytes > block_bytes_) {
       throw std::runtime_error("channel " + path_.name + ": a message's tensors lie outside its block");
     }
     message.tensors =

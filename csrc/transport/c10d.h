@@ -62,6 +62,9 @@ class WaitGuard {
   std::thread thread_;
 };
 
+/// The size of a channel's blocks in its first step.
+constexpr size_t kFirstBlock = 4096;
+
 /// The path that both ends of a c10d channel were made for.
 struct C10dPath {
   c10::intrusive_ptr<c10d::ProcessGroup> group;
@@ -76,9 +79,11 @@ struct C10dPath {
 
 /// The sending end of a channel through a process group (gloo, NCCL or any other).
 ///
-/// Each message begins with a block of fixed size on the host, so the receiver can post its receive before it knows the
-/// shapes. A small message lies whole in that block; of larger ones the tensors follow packed into one buffer under the
-/// next tag. Tensors of other devices go through c10d_lanes.h.
+/// Each message begins with a block on the host whose size both ends know before the step, so the receiver can post its
+/// receives before it knows the shapes: in the first step a small one, then what the largest message of the step before
+/// would have fitted in. A message that fits lies whole in its block; of others the tensors follow packed into one
+/// buffer under the next tag, and are asked for when the block is there. Tensors of other devices go through
+/// c10d_lanes.h.
 class C10dSendChannel : public SendChannel {
  public:
   C10dSendChannel(C10dPath path, std::shared_ptr<Watch> watch, std::shared_ptr<WaitGuard> guard);
@@ -109,12 +114,14 @@ class C10dSendChannel : public SendChannel {
 
   C10dPath path_;
   size_t messages_in_flight_ = 0;
+  size_t block_bytes_ = kFirstBlock;
+  size_t largest_ = 0;  // message of this step; 0 before the first
   std::shared_ptr<Watch> watch_;
   std::shared_ptr<WaitGuard> guard_;
   std::deque<Sent> in_flight_;
 };
 
-/// The receiving end. Keeps `kAhead` receives of the fixed-size block posted ahead of need.
+/// The receiving end. Keeps some receives of blocks posted ahead of need.
 class C10dReceiveChannel : public ReceiveChannel {
  public:
   C10dReceiveChannel(C10dPath path, std::shared_ptr<Watch> watch, std::shared_ptr<WaitGuard> guard);
@@ -145,6 +152,8 @@ class C10dReceiveChannel : public ReceiveChannel {
   std::shared_ptr<WaitGuard> guard_;
   std::deque<Posted> posted_;
   size_t to_post_ = 0;
+  size_t block_bytes_ = kFirstBlock;
+  size_t largest_ = 0;
 };
 
 /// The tensors of `spec` as views of one packed buffer, from `offset` on; they keep `holder` alive.
