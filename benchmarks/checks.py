@@ -19,7 +19,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from step_time import RANKS, SIZES, Batch, Pipeline, timed_steps, STEPS_TIMED  # isort: skip  # finds pp_runtime
+# First, since it sets what torch reads when it is imported.
+from step_time import RANKS, SIZES, STEPS_TIMED, Batch, Pipeline, own_modules, timed_steps  # isort: skip
 
 import torch
 import torch.distributed as dist
@@ -72,18 +73,13 @@ def work(rank: int, store: str) -> None:
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank % os.cpu_count()]})
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    from pp_runtime.schedules.catalogue import ORDERS
-    from pp_runtime.schedules.placement import stages_of_rank
-
     for name in SCHEDULES:
-        spec = ORDERS[name]
-        count = RANKS * (spec.stages_per_rank_allowed[0] if spec.stages_per_rank_allowed else 2)
-        held = stages_of_rank(spec.placement(RANKS, count), rank)
+        modules, count = own_modules(SIZES["linear"], name, RANKS)
         batch = Batch(SIZES["linear"], MICROBATCHES)
-        pipeline = Pipeline("ours", name, {i: SIZES["linear"].make() for i in held}, count, batch)
+        pipeline = Pipeline("ours", name, modules, count, batch)
         turns = [timed_steps(pipeline) for _ in range(50)]
         step = statistics.median((end - begin) / STEPS_TIMED for begin, end in turns)
-        if count - 1 in held:
+        if count - 1 in modules:
             taken = checks(pipeline._schedule, batch)
             print(f"{name:16} step {step * 1e6:5.0f} us, checks {taken * 1e6:4.1f} us: {taken / step:.1%}", flush=True)
         dist.barrier()

@@ -15,7 +15,8 @@ import statistics
 import tempfile
 from typing import Any
 
-from step_time import SIZES, STEPS_TIMED, TORCH_SCHEDULES, Batch, Pipeline, timed_steps  # isort: skip  # finds pp_runtime
+# First, since it sets what torch reads when it is imported.
+from step_time import SIZES, STEPS_TIMED, TORCH_SCHEDULES, Batch, Pipeline, own_modules, timed_steps  # isort: skip
 
 import torch
 import torch.distributed as dist
@@ -36,14 +37,9 @@ def work(rank: int, ranks: int, flags: argparse.Namespace, store: str, results: 
     """One rank of a pipeline of every kind."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    from pp_runtime.schedules.catalogue import ORDERS
-    from pp_runtime.schedules.placement import stages_of_rank
-
     for size in flags.sizes:
         for schedule in flags.schedules:
-            spec = ORDERS[schedule]
-            count = ranks * (spec.stages_per_rank_allowed[0] if spec.stages_per_rank_allowed else 2)
-            modules = {i: SIZES[size].make() for i in stages_of_rank(spec.placement(ranks, count), rank)}
+            modules, count = own_modules(SIZES[size], schedule, ranks)
             batch = Batch(SIZES[size], flags.microbatches)
             libraries = ("ours", "torch") if schedule in TORCH_SCHEDULES else ("ours",)
             pipelines = [Pipeline(library, schedule, modules, count, batch) for library in libraries]

@@ -110,6 +110,16 @@ class Pipeline:
         self._schedule.step(*self._args, target=self._target, losses=losses, return_outputs=False)
 
 
+def own_modules(size: Size, schedule: str, ranks: int) -> tuple[dict[int, nn.Module], int]:
+    """This rank's stages of a pipeline, as many as the schedule takes or two, and how many there are in all."""
+    from pp_runtime.schedules.catalogue import ORDERS
+    from pp_runtime.schedules.placement import stages_of_rank
+
+    spec = ORDERS[schedule]
+    count = ranks * (spec.stages_per_rank_allowed[0] if spec.stages_per_rank_allowed else 2)
+    return {i: size.make() for i in stages_of_rank(spec.placement(ranks, count), dist.get_rank())}, count
+
+
 class Batch:
     """Inputs and targets of a step."""
 
@@ -169,12 +179,10 @@ def bound(order: Order, placement: Placement, own_times: dict[int, dict[str, flo
 def measure(name: str, schedule: str, microbatches: int, rounds: int) -> Row:
     """One line of the table; called on every rank."""
     from pp_runtime.ir import BACKWARD_WEIGHT, leaves
-    from pp_runtime.schedules.catalogue import ORDERS, build_order
-    from pp_runtime.schedules.placement import stages_of_rank
+    from pp_runtime.schedules.catalogue import build_order
 
-    size, spec = SIZES[name], ORDERS[schedule]
-    count = RANKS * (spec.stages_per_rank_allowed[0] if spec.stages_per_rank_allowed else 2)
-    modules = {i: size.make() for i in stages_of_rank(spec.placement(RANKS, count), dist.get_rank())}
+    size = SIZES[name]
+    modules, count = own_modules(size, schedule, RANKS)
     batch = Batch(size, microbatches)
     libraries = ["ours", "torch"] if schedule in TORCH_SCHEDULES else ["ours"]
     pipelines = [Pipeline(library, schedule, modules, count, batch) for library in libraries]
