@@ -13,8 +13,6 @@ namespace pp_runtime {
 
 namespace {
 
-/// A block of the first size costs no more to send than its latency, so there are no smaller ones.
-constexpr size_t kLargestBlock = 16 << 20;
 /// Receives posted ahead of need: at most so many, and no more than so many bytes where that leaves two.
 constexpr size_t kAhead = 32;
 constexpr size_t kBytesAhead = 1 << 20;
@@ -37,14 +35,9 @@ at::Tensor bytes_on_host(size_t bytes) { return at::empty({static_cast<int64_t>(
 
 char* data(const at::Tensor& buffer) { return static_cast<char*>(buffer.mutable_data_ptr()); }
 
-/// What a message takes that lies in one block.
-size_t bytes_inside(size_t description_bytes, size_t payload_bytes) {
-  return align_up(sizeof(BlockHead) + description_bytes, kPayloadAlignment) + payload_bytes;
-}
-
-/// The size of the next step's blocks, after a step whose largest message would have taken `bytes`.
-size_t next_block(size_t bytes) {
-  return bytes > kLargestBlock ? kFirstBlock : std::max(align_up(bytes, kFirstBlock), kFirstBlock);
+/// Where the tensors begin in a block.
+size_t payload_at(size_t description_bytes) {
+  return align_up(sizeof(BlockHead) + description_bytes, kPayloadAlignment);
 }
 
 /// A pending operation may still be written to by the backend's thread, so what it uses is kept for the process's life.
@@ -82,6 +75,15 @@ std::vector<at::Tensor> unpack(const at::Tensor& buffer, size_t offset, const Me
     }
   }
   return tensors;
+}
+
+void BlockSize::saw(size_t needed) { largest_needed_ = std::max(largest_needed_.value_or(0), needed); }
+
+void BlockSize::next_step() {
+  if (largest_needed_) {
+    const size_t needed = *std::exchange(largest_needed_, std::nullopt);
+    bytes_ = needed > kLargest ? kFirst : std::max(align_up(needed, kFirst), kFirst);
+  }
 }
 
 WaitGuard::WaitGuard(std::shared_ptr<Watch> watch) : watch_(std::move(watch)), thread_([this] { run(); }) {}
@@ -233,11 +235,11 @@ void C10dSendChannel::reap(size_t keep) {
 void C10dSendChannel::send(Message message) {
   const MessageSpec spec = MessageSpec::of(message);
   const std::string description = spec.encode();
-  const size_t whole_bytes = bytes_inside(description.size(), spec.payload_bytes);
-  const bool inside = carries_inside() && whole_bytes <= block_bytes_;
-  const bool follows = sizeof(BlockHead) + description.size() > block_bytes_;
-  largest_ = std::max(largest_, carries_inside() ? whole_bytes : 1);
-  at::Tensor block = bytes_on_host(block_bytes_);
+  const size_t needed = payload_at(description.size()) + spec.payload_bytes;
+  const bool inside = carries_inside() && needed <= block_size_.bytes();
+  const bool follows = sizeof(BlockHead) + description.size() > block_size_.bytes();
+  block_size_.saw(carries_inside() ? needed : 0);
+  at::Tensor block = bytes_on_host(block_size_.bytes());
   const BlockHead head = {.description_bytes = static_cast<uint32_t>(description.size()),
                           .description_follows = static_cast<uint8_t>(follows),
                           .payload_inside = static_cast<uint8_t>(inside),
@@ -247,7 +249,7 @@ void C10dSendChannel::send(Message message) {
     std::memcpy(data(block) + sizeof(head), description.data(), description.size());
   }
   if (inside) {
-    pack(message, spec, data(block) + align_up(sizeof(head) + description.size(), kPayloadAlignment));
+    pack(message, spec, data(block) + payload_at(description.size()));
   }
   reap(std::max(path_.ahead, kSendsInFlight) - 1);
   post(std::move(block), path_.tag);
@@ -269,9 +271,7 @@ void C10dSendChannel::send_payload(Message message, const MessageSpec& spec) {
 
 void C10dSendChannel::finish_step() {
   reap(0);
-  if (largest_ > 0) {
-    block_bytes_ = next_block(std::exchange(largest_, 0));
-  }
+  block_size_.next_step();
 }
 
 C10dReceiveChannel::C10dReceiveChannel(C10dPath path, std::shared_ptr<Watch> watch, std::shared_ptr<WaitGuard> guard)
@@ -280,18 +280,15 @@ C10dReceiveChannel::C10dReceiveChannel(C10dPath path, std::shared_ptr<Watch> wat
 C10dReceiveChannel::~C10dReceiveChannel() { abandon(posted_); }
 
 void C10dReceiveChannel::begin_step(size_t messages) {
-  // The sender concluded the same when it finished the last step.
-  if (largest_ > 0) {
-    block_bytes_ = next_block(std::exchange(largest_, 0));
-  }
+  block_size_.next_step();
   to_post_ = messages;
   post_ahead();
 }
 
 void C10dReceiveChannel::post_ahead() {
-  const size_t most = std::clamp<size_t>(kBytesAhead / block_bytes_, 2, kAhead);
+  const size_t most = std::clamp<size_t>(kBytesAhead / block_size_.bytes(), 2, kAhead);
   while (to_post_ > 0 && posted_.size() < most) {
-    at::Tensor block = bytes_on_host(block_bytes_);
+    at::Tensor block = bytes_on_host(block_size_.bytes());
     std::vector<at::Tensor> buffers = {block};
     posted_.push_back(
         {.work = guard_->post(path_.peer, [&] { return path_.group->recv(buffers, path_.peer, path_.tag); }),
@@ -315,22 +312,21 @@ Message C10dReceiveChannel::receive() {
   if (head.description_follows != 0) {
     whole = receive_more(head.description_bytes);
     description = data(whole);
-  } else if (sizeof(head) + head.description_bytes > block_bytes_) {
+  } else if (sizeof(head) + head.description_bytes > block_size_.bytes()) {
     throw std::runtime_error("channel " + path_.name + ": a message's description is longer than its block");
   }
   MessageSpec spec = MessageSpec::decode(description, head.description_bytes);
-  const size_t whole_bytes = bytes_inside(head.description_bytes, spec.payload_bytes);
-  largest_ = std::max(largest_, head.carries_inside != 0 ? whole_bytes : 1);
+  const size_t needed = payload_at(head.description_bytes) + spec.payload_bytes;
+  block_size_.saw(head.carries_inside != 0 ? needed : 0);
   Message message{.frame = spec.frame, .tensors = {}, .requires_grad = {}, .structure = std::move(spec.structure)};
   for (const TensorSpec& tensor : spec.tensors) {
     message.requires_grad.push_back(static_cast<uint8_t>(tensor.requires_grad));
   }
   if (head.payload_inside != 0) {
-    if (whole_bytes > block_bytes_) {
+    if (needed > block_size_.bytes()) {
       throw std::runtime_error("channel " + path_.name + ": a message's tensors lie outside its block");
     }
-    message.tensors =
-        unpack(block, align_up(sizeof(head) + head.description_bytes, kPayloadAlignment), spec, holder_of(block));
+    message.tensors = unpack(block, payload_at(head.description_bytes), spec, holder_of(block));
   } else {
     receive_payload(message, spec);
   }

@@ -9,6 +9,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -62,8 +63,23 @@ class WaitGuard {
   std::thread thread_;
 };
 
-/// The size of a channel's blocks in its first step.
-constexpr size_t kFirstBlock = 4096;
+/// The size of a channel's blocks, as both of its ends conclude it from the messages of the step before.
+class BlockSize {
+ public:
+  size_t bytes() const { return bytes_; }
+
+  /// A message of this step would take `needed` bytes of a block; 0 where its tensors may not lie in one.
+  void saw(size_t needed);
+  /// After a step's last message, or before the next one's first. Nothing changes where no message was seen.
+  void next_step();
+
+ private:
+  static constexpr size_t kFirst = 4096;
+  static constexpr size_t kLargest = 16 << 20;
+
+  size_t bytes_ = kFirst;
+  std::optional<size_t> largest_needed_;
+};
 
 /// The path that both ends of a c10d channel were made for.
 struct C10dPath {
@@ -114,8 +130,7 @@ class C10dSendChannel : public SendChannel {
 
   C10dPath path_;
   size_t messages_in_flight_ = 0;
-  size_t block_bytes_ = kFirstBlock;
-  size_t largest_ = 0;  // message of this step; 0 before the first
+  BlockSize block_size_;
   std::shared_ptr<Watch> watch_;
   std::shared_ptr<WaitGuard> guard_;
   std::deque<Sent> in_flight_;
@@ -152,8 +167,7 @@ class C10dReceiveChannel : public ReceiveChannel {
   std::shared_ptr<WaitGuard> guard_;
   std::deque<Posted> posted_;
   size_t to_post_ = 0;
-  size_t block_bytes_ = kFirstBlock;
-  size_t largest_ = 0;
+  BlockSize block_size_;
 };
 
 /// The tensors of `spec` as views of one packed buffer, from `offset` on; they keep `holder` alive.
