@@ -63,16 +63,8 @@ bool HalfNode::shorten(const LeafPaths& paths) {
 }
 
 void HalfNode::follow_own_paths(variable_list& gradients) const {
-  if (own_paths_.empty()) {
-    return;
-  }
-  torch::autograd::validate_outputs(own_paths_, gradients, [this](const std::string& message) {
-    return "Function " + name() + " returned an invalid gradient: " + message;
-  });
-  for (size_t i = 0; i < own_paths_.size(); ++i) {
-    if (own_paths_[i].is_valid()) {
-      LeafPaths::follow(own_paths_[i], std::move(gradients[i]));
-    }
+  if (!own_paths_.empty()) {
+    LeafPaths::follow(*this, own_paths_, gradients);
   }
 }
 

@@ -73,20 +73,21 @@ bool LeafPaths::is_free(const Edge& edge) const {
   return false;
 }
 
-void LeafPaths::follow(const Edge& edge, at::Tensor gradient) {
-  Node* node = edge.function.get();
-  while (gradient.defined()) {
-    variable_list gradients{std::move(gradient)};
-    gradients = (*node)(std::move(gradients));
-    node->release_variables();
-    if (gradients.empty()) {
-      return;
+void LeafPaths::follow(const Node& node, const edge_list& edges, variable_list& gradients) {
+  torch::autograd::validate_outputs(edges, gradients, [&node](const std::string& message) {
+    return "Function " + node.name() + " returned an invalid gradient: " + message;
+  });
+  for (size_t i = 0; i < edges.size(); ++i) {
+    if (!edges[i].is_valid() || !gradients[i].defined()) {
+      continue;
     }
-    torch::autograd::validate_outputs(node->next_edges(), gradients, [node](const std::string& message) {
-      return "Function " + node->name() + " returned an invalid gradient: " + message;
-    });
-    gradient = std::move(gradients.front());
-    node = node->next_edge(0).function.get();
+    Node& next = *edges[i].function;
+    variable_list input{std::move(gradients[i])};
+    variable_list made = next(std::move(input));
+    next.release_variables();
+    if (!made.empty()) {
+      follow(next, next.next_edges(), made);
+    }
   }
 }
 

@@ -20,8 +20,9 @@ class LeafPaths {
 
   bool is_free(const torch::autograd::Edge& edge) const;
 
-  /// Takes a gradient along a free edge into the leaf.
-  static void follow(const torch::autograd::Edge& edge, at::Tensor gradient);
+  /// Takes what a node made along its free edges into their leaves; other edges are not valid here.
+  static void follow(const torch::autograd::Node& node, const torch::autograd::edge_list& edges,
+                     torch::autograd::variable_list& gradients);
 
  private:
   ska::flat_hash_map<torch::autograd::Node*, int> arrivals_;
