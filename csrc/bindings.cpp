@@ -70,7 +70,7 @@ void bind_watch(py::module_& m) {
            py::arg("own_rank"))
       .def_static("make", &Board::make, py::arg("ranks"))
       .def_static(
-          "open", [](int64_t pid, int fd, size_t ranks) { return Segment::open(pid, fd, ranks * kPayloadAlignment); },
+          "open", [](int64_t pid, int fd, size_t ranks) { return Segment::open(pid, fd, Board::bytes(ranks)); },
           py::arg("pid"), py::arg("fd"), py::arg("ranks"))
       .def(
           "read",

@@ -28,8 +28,7 @@ bool is_send(Operation operation);
 bool is_receive(Operation operation);
 
 /// What the executor reads. Indices are into the rank's own tables; `edge` and `channel` are those of a message,
-/// `callback` that of a call. A call's
-/// stage and microbatch are only told in errors; -1 where it has none.
+/// `callback` that of a call. A call's stage and microbatch are only told in errors; -1 where it has none.
 struct Instruction {
   Operation operation;
   /// The last backward of its stage in the step: data-parallel wrappers reduce in it.

@@ -32,7 +32,7 @@ int32_t unpack(uint64_t word, int shift, int bits) {
 }  // namespace
 
 std::shared_ptr<Segment> Board::make(size_t ranks) {
-  auto segment = Segment::create(ranks * sizeof(Line));
+  auto segment = Segment::create(bytes(ranks));
   for (size_t rank = 0; rank < ranks; ++rank) {
     new (segment->data() + rank * sizeof(Line)) Line;
   }
@@ -41,7 +41,7 @@ std::shared_ptr<Segment> Board::make(size_t ranks) {
 
 Board::Board(std::shared_ptr<Segment> segment, size_t ranks, size_t own_rank)
     : segment_(std::move(segment)), ranks_(ranks), own_rank_(own_rank) {
-  if (segment_->bytes() / sizeof(Line) < ranks_ || own_rank_ >= ranks_) {
+  if (segment_->bytes() < bytes(ranks_) || own_rank_ >= ranks_) {
     throw std::runtime_error("the board is too small for " + std::to_string(ranks_) + " ranks");
   }
   begin({});

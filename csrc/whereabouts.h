@@ -44,6 +44,7 @@ struct Whereabouts {
 class Board {
  public:
   static std::shared_ptr<Segment> make(size_t ranks);
+  static size_t bytes(size_t ranks) { return ranks * sizeof(Line); }
   /// `segment` may come from another process; throws std::runtime_error where it is too small for the ranks.
   Board(std::shared_ptr<Segment> segment, size_t ranks, size_t own_rank);
 
