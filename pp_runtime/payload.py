@@ -49,6 +49,18 @@ class _Unpickler(pickle.Unpickler):
         return self._tensors[place]
 
 
+def _take_apart(value: Any) -> tuple[tuple[torch.Tensor, ...], bytes]:
+    """The tensors in an object, and the pickle of what is around them."""
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.dump(value)
+    return tuple(pickler.tensors), file.getvalue()
+
+
+def _put_together(tensors: tuple[torch.Tensor, ...], structure: bytes) -> Any:
+    return _Unpickler(io.BytesIO(structure), tensors).load()
+
+
 def flatten_output(stage_index: int) -> Callable[[Any], tuple[tuple[torch.Tensor, ...], bytes]]:
     """What the runtime calls for an output of this stage that is not only tensors that can be sent.
 
@@ -56,16 +68,13 @@ def flatten_output(stage_index: int) -> Callable[[Any], tuple[tuple[torch.Tensor
     """
 
     def flatten(output: Any) -> tuple[tuple[torch.Tensor, ...], bytes]:
-        args = _normalize_model_output_as_tuple(output)
-        file = io.BytesIO()
-        pickler = _Pickler(file)
         try:
-            pickler.dump(args)
+            tensors, structure = _take_apart(_normalize_model_output_as_tuple(output))
         except Exception as error:  # whatever an object's own __reduce__ raises
             _refuse(stage_index, output, error)
-        if not pickler.tensors or not all(map(_C.can_travel, pickler.tensors)):
+        if not tensors or not all(map(_C.can_travel, tensors)):
             _refuse(stage_index, output, None)
-        return tuple(pickler.tensors), file.getvalue()
+        return tensors, structure
 
     return flatten
 
@@ -75,7 +84,7 @@ def rebuild_args(stage_index: int) -> Callable[[tuple[torch.Tensor, ...], bytes]
 
     def rebuild(tensors: tuple[torch.Tensor, ...], structure: bytes) -> tuple[Any, ...]:
         try:
-            return _Unpickler(io.BytesIO(structure), tensors).load()
+            return _put_together(tensors, structure)
         except Exception as error:  # whatever an object's own __setstate__ raises, or a class that is not here
             raise StageOutputError(
                 f"what stage {stage_index} receives cannot be rebuilt on this rank: {type(error).__name__}: {error}",
@@ -96,11 +105,9 @@ def tensors_and_structure(output: Any, stage_index: int) -> tuple[list[torch.Ten
 
 def without_graph(output: Any) -> Any:
     """A copy of an object in which every tensor is detached; the object itself where it cannot be copied."""
-    file = io.BytesIO()
-    pickler = _Pickler(file)
     try:
-        pickler.dump(output)
-        return _Unpickler(io.BytesIO(file.getvalue()), tuple(tensor.detach() for tensor in pickler.tensors)).load()
+        tensors, structure = _take_apart(output)
+        return _put_together(tuple(tensor.detach() for tensor in tensors), structure)
     except Exception:  # whatever an object's own __reduce__ or __setstate__ raises
         return output
 
