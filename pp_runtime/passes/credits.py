@@ -12,9 +12,9 @@ as in LoopedBFS, whose receiver is bound to do something else first.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from pp_runtime.errors import InvalidOrderError
 from pp_runtime.ir import (
@@ -190,10 +190,18 @@ class _Run:
     def _steps_before_take(self, place: dict[int, int], channel: int) -> int:
         row = self.row_of[channel]
         receiver = self.placement[row % len(self.placement)]
-        steps, begin = self.steps[receiver], place[receiver]
-        with contextlib.suppress(ValueError):
-            return steps.index(3 * row + _Run._RECEIVE, begin) - begin
-        return len(steps)
+        takes, taken = self._takes[row], self.received[row]
+        return (takes[taken] if taken < len(takes) else len(self.steps[receiver])) - place[receiver]
+
+    @cached_property
+    def _takes(self) -> list[list[int]]:
+        """For each row, where its receives stand among its rank's steps."""
+        takes: list[list[int]] = [[] for _ in self.into]
+        for steps in self.steps.values():
+            for position, step in enumerate(steps):
+                if step % 3 == _Run._RECEIVE:
+                    takes[step // 3].append(position)
+        return takes
 
 
 def _steps(
