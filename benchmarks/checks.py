@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 # First, since it sets what torch reads when it is imported.
-from step_time import RANKS, SIZES, STEPS_TIMED, Batch, Pipeline, own_modules, timed_steps  # isort: skip
+from step_time import RANKS, SIZES, Batch, Pipeline, medians_of, own_modules  # isort: skip
 
 import torch
 import torch.distributed as dist
@@ -77,8 +77,7 @@ def work(rank: int, store: str) -> None:
         modules, count = own_modules(SIZES["linear"], name, RANKS)
         batch = Batch(SIZES["linear"], MICROBATCHES)
         pipeline = Pipeline("ours", name, modules, count, batch)
-        turns = [timed_steps(pipeline) for _ in range(50)]
-        step = statistics.median((end - begin) / STEPS_TIMED for begin, end in turns)
+        (step,) = medians_of([pipeline], 50)
         if count - 1 in modules:
             taken = checks(pipeline._schedule, batch)
             print(f"{name:16} step {step * 1e6:5.0f} us, checks {taken * 1e6:4.1f} us: {taken / step:.1%}", flush=True)

@@ -11,26 +11,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import tempfile
 from typing import Any
 
 # First, since it sets what torch reads when it is imported.
-from step_time import SIZES, STEPS_TIMED, TORCH_SCHEDULES, Batch, Pipeline, own_modules, timed_steps  # isort: skip
+from step_time import SIZES, TORCH_SCHEDULES, Batch, Pipeline, medians_of, own_modules  # isort: skip
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-
-
-def seconds_a_step(pipelines: list[Pipeline], turns: int) -> list[float]:
-    """The median step of each pipeline; their turns alternate."""
-    taken: list[list[float]] = [[] for _ in pipelines]
-    for _ in range(turns):
-        for pipeline, times in zip(pipelines, taken, strict=True):
-            begin, end = timed_steps(pipeline)
-            times.append((end - begin) / STEPS_TIMED)
-    return [statistics.median(times) for times in taken]
 
 
 def work(rank: int, ranks: int, flags: argparse.Namespace, store: str, results: Any) -> None:
@@ -43,7 +32,7 @@ def work(rank: int, ranks: int, flags: argparse.Namespace, store: str, results: 
             batch = Batch(SIZES[size], flags.microbatches)
             libraries = ("ours", "torch") if schedule in TORCH_SCHEDULES else ("ours",)
             pipelines = [Pipeline(library, schedule, modules, count, batch) for library in libraries]
-            times = seconds_a_step(pipelines, flags.turns)
+            times = medians_of(pipelines, flags.turns)
             if rank == 0:
                 results.put((size, schedule, times))
             dist.barrier()

@@ -140,8 +140,8 @@ def timed_steps(pipeline: Pipeline) -> tuple[float, float]:
     return begin, time.monotonic()
 
 
-def medians_of(pipelines: Sequence[Pipeline], alone: StagesAlone, rounds: int) -> list[float]:
-    """The median step of each pipeline in seconds. A round has a turn of each and a sample of the stages alone."""
+def medians_of(pipelines: Sequence[Pipeline], rounds: int, between: Callable[[], None] = lambda: None) -> list[float]:
+    """The median step of each pipeline in seconds. A round has a turn of each, and what is done ``between`` rounds."""
     for pipeline in pipelines:
         for _ in range(3):
             pipeline.step()
@@ -151,7 +151,7 @@ def medians_of(pipelines: Sequence[Pipeline], alone: StagesAlone, rounds: int) -
         for i in reversed(numbers) if turn % 2 else numbers:
             moments[i].append(timed_steps(pipelines[i]))
         dist.barrier()
-        alone.sample()
+        between()
     everyones: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, moments)
     medians = []
@@ -188,7 +188,7 @@ def measure(name: str, schedule: str, microbatches: int, rounds: int) -> Row:
     pipelines = [Pipeline(library, schedule, modules, count, batch) for library in libraries]
     order, placement = build_order(schedule, RANKS, count, microbatches)
     alone = StagesAlone(modules, count - 1, size.microbatch, order[dist.get_rank()])
-    ours, *others = medians_of(pipelines, alone, rounds)
+    ours, *others = medians_of(pipelines, rounds, between=alone.sample)
     theirs = others[0] if others else None
     least = bound(order, placement, alone.times())
     splits = any(action.computation_type is BACKWARD_WEIGHT for actions in order.values() for action in leaves(actions))
