@@ -159,6 +159,15 @@ void bind_message(py::module_& m) {
       py::arg("description"));
 }
 
+std::vector<at::Tensor> or_undefined(const std::vector<std::optional<at::Tensor>>& given) {
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(given.size());
+  for (const auto& tensor : given) {
+    tensors.push_back(tensor.value_or(at::Tensor()));
+  }
+  return tensors;
+}
+
 void bind_stage(py::module_& m) {
   py::class_<Edge>(m, "Edge").def(
       py::init([](int64_t source, int64_t destination, std::vector<int64_t> outputs, std::vector<int64_t> inputs) {
@@ -171,17 +180,22 @@ void bind_stage(py::module_& m) {
       .value("INPUT", BackwardKind::kInput)
       .value("WEIGHT", BackwardKind::kWeight);
   py::class_<StageCallbacks>(m, "StageCallbacks")
-      .def(py::init([](py::object forward, py::object flatten, py::object unflatten, py::object before,
-                       py::object after, py::object dw_builder) {
-             return StageCallbacks{std::move(forward), std::move(flatten), std::move(unflatten),
-                                   std::move(before),  std::move(after),   std::move(dw_builder)};
+      .def(py::init([](py::object forward, py::object flatten, py::object unflatten, py::object unwrap,
+                       py::object wrap, py::object before, py::object after, py::object dw_builder) {
+             return StageCallbacks{std::move(forward), std::move(flatten), std::move(unflatten), std::move(unwrap),
+                                   std::move(wrap),    std::move(before),  std::move(after),     std::move(dw_builder)};
            }),
-           py::arg("forward"), py::arg("flatten"), py::arg("unflatten"), py::arg("before_backward") = py::none(),
+           py::arg("forward"), py::arg("flatten"), py::arg("unflatten"), py::arg("unwrap") = py::none(),
+           py::arg("wrap") = py::none(), py::arg("before_backward") = py::none(),
            py::arg("after_backward") = py::none(), py::arg("dw_builder") = py::none());
+  py::class_<StepLeaves, std::shared_ptr<StepLeaves>>(m, "StepLeaves")
+      .def(py::init<const std::vector<at::Tensor>&>(), py::arg("known"))
+      .def("take", &StepLeaves::take);
   py::class_<Stage, std::shared_ptr<Stage>>(m, "Stage")
       .def(py::init<int64_t, bool, bool, StageCallbacks>(), py::arg("index"), py::arg("is_first"), py::arg("is_last"),
            py::arg("callbacks"))
       .def("set_callbacks", &Stage::set_callbacks, py::arg("callbacks"))
+      .def("follow_leaves", &Stage::follow_leaves, py::arg("leaves").none(true))
       .def("begin_step", &Stage::begin_step, py::arg("microbatches"), py::arg("training"), py::arg("step"))
       .def(
           "forward",
@@ -206,14 +220,20 @@ void bind_stage(py::module_& m) {
       .def(
           "input_gradients", [](Stage& stage, size_t microbatch) { return stage.input_gradients(microbatch); },
           py::arg("microbatch"))
+      .def("take_inputs", &Stage::take_inputs, py::arg("microbatch"))
+      .def("give_outputs", &Stage::give_outputs, py::arg("microbatch"), py::arg("output"))
+      .def("drop_graph", &Stage::drop_graph, py::arg("microbatch"))
+      .def("take_output_gradients", &Stage::take_output_gradients, py::arg("microbatch"))
+      .def(
+          "give_input_gradients",
+          [](Stage& stage, size_t microbatch, const std::vector<std::optional<at::Tensor>>& gradients) {
+            stage.give_input_gradients(microbatch, or_undefined(gradients));
+          },
+          py::arg("microbatch"), py::arg("gradients"))
       .def(
           "set_output_gradients",
           [](Stage& stage, size_t microbatch, const std::vector<std::optional<at::Tensor>>& gradients) {
-            std::vector<at::Tensor> tensors;
-            for (const auto& gradient : gradients) {
-              tensors.push_back(gradient.value_or(at::Tensor()));
-            }
-            stage.set_output_gradients(microbatch, std::move(tensors));
+            stage.set_output_gradients(microbatch, or_undefined(gradients));
           },
           py::arg("microbatch"), py::arg("gradients"))
       .def("clear", &Stage::clear);

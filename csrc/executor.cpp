@@ -124,6 +124,9 @@ void Executor::run(StepInput input, uint64_t step) {
       receive_channels_[i]->begin_step(messages_of_channel_[i]);
     }
     for (size_t i = 0; i < program_.size(); ++i) {
+      if (program_[i].only_data_parallel && !stages_[program_[i].stage]->is_data_parallel()) {
+        continue;
+      }
       position_ = static_cast<int64_t>(i);
       at::RecordFunction range(at::RecordScope::USER_SCOPE);
       if (range.isActive()) {

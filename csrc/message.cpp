@@ -21,6 +21,7 @@ struct EncodedFrame {
   Frame frame;
   uint32_t tensors;
   uint32_t structure_bytes;
+  uint32_t wrappings_bytes;
 };
 
 struct EncodedTensor {
@@ -135,7 +136,8 @@ bool can_travel(const at::Tensor& tensor) {
 }
 
 MessageSpec MessageSpec::of(const Message& message) {
-  MessageSpec spec{.frame = message.frame, .tensors = {}, .structure = message.structure};
+  MessageSpec spec{
+      .frame = message.frame, .tensors = {}, .structure = message.structure, .wrappings = message.wrappings};
   spec.tensors.reserve(message.tensors.size());
   for (size_t i = 0; i < message.tensors.size(); ++i) {
     TensorSpec& tensor = spec.tensors.emplace_back();
@@ -158,7 +160,8 @@ std::string MessageSpec::encode() const {
   std::string bytes;
   append(bytes, EncodedFrame{.frame = frame,
                              .tensors = static_cast<uint32_t>(tensors.size()),
-                             .structure_bytes = static_cast<uint32_t>(structure.size())});
+                             .structure_bytes = static_cast<uint32_t>(structure.size()),
+                             .wrappings_bytes = static_cast<uint32_t>(wrappings.size())});
   for (const TensorSpec& tensor : tensors) {
     append(bytes, EncodedTensor{.defined = static_cast<uint8_t>(tensor.defined),
                                 .requires_grad = static_cast<uint8_t>(tensor.requires_grad),
@@ -172,7 +175,7 @@ std::string MessageSpec::encode() const {
       append(bytes, stride);
     }
   }
-  return bytes + structure;
+  return bytes + structure + wrappings;
 }
 
 MessageSpec MessageSpec::decode(const char* bytes, size_t size) {
@@ -207,6 +210,7 @@ MessageSpec MessageSpec::decode(const char* bytes, size_t size) {
     }
   }
   spec.structure = reader.take_text(head.structure_bytes);
+  spec.wrappings = reader.take_text(head.wrappings_bytes);
   place(spec);
   return spec;
 }

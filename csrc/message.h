@@ -30,6 +30,8 @@ struct Message {
   std::vector<uint8_t> requires_grad;
   /// How the tensors are nested in the sender's output; empty for a plain tuple of tensors.
   std::string structure;
+  /// How tensors of subclasses (DTensors) are made again from the plain ones that travel; empty where there are none.
+  std::string wrappings = {};
   /// What the message waits for on its device (lanes.h); null for one of the host.
   std::shared_ptr<LaneTicket> lane = nullptr;
 };
@@ -60,6 +62,7 @@ struct MessageSpec {
   Frame frame;
   std::vector<TensorSpec> tensors;
   std::string structure;
+  std::string wrappings = {};
   size_t payload_bytes = 0;
 
   static MessageSpec of(const Message& message);

@@ -8,6 +8,7 @@ namespace {
 
 constexpr int32_t kLastFlag = 1;
 constexpr int32_t kReleasesFlag = 2;
+constexpr int32_t kDataParallelFlag = 4;
 
 void require(bool holds, size_t instruction, const char* what) {
   if (!holds) {
@@ -42,7 +43,7 @@ std::vector<Instruction> read_program(const std::vector<int32_t>& numbers, const
     const int32_t* n = &numbers[at];
     const size_t i = program.size();
     require(within(n[0], static_cast<size_t>(Operation::kCount)), i, "an operation");
-    require(within(n[1], (kLastFlag | kReleasesFlag) + 1), i, "flags");
+    require(within(n[1], (kLastFlag | kReleasesFlag | kDataParallelFlag) + 1), i, "flags");
     const auto operation = static_cast<Operation>(n[0]);
     if (operation == Operation::kCall) {
       require(within(n[6], limits.callbacks), i, "a callback");
@@ -65,6 +66,7 @@ std::vector<Instruction> read_program(const std::vector<int32_t>& numbers, const
     program.push_back({.operation = operation,
                        .last = (n[1] & kLastFlag) != 0,
                        .releases_outputs = (n[1] & kReleasesFlag) != 0,
+                       .only_data_parallel = (n[1] & kDataParallelFlag) != 0 && n[2] >= 0,
                        .stage = n[2],
                        .microbatch = n[3],
                        .edge = n[4],

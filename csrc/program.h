@@ -35,6 +35,8 @@ struct Instruction {
   bool last;
   /// Nothing later sends these outputs: their tensors are dropped.
   bool releases_outputs;
+  /// A call that is passed over where its stage is not data-parallel.
+  bool only_data_parallel;
   int32_t stage;
   int32_t microbatch;
   int32_t edge;

@@ -23,7 +23,8 @@ bool plain_tensors(PyObject* output, std::vector<at::Tensor>& tensors) {
     tensors.push_back(THPVariable_Unpack(output));
     return true;
   }
-  if (!PyTuple_CheckExact(output) && !PyList_CheckExact(output)) {
+  // A named tuple is a tuple.
+  if (!PyTuple_Check(output) && !PyList_CheckExact(output)) {
     return false;
   }
   const Py_ssize_t size = PySequence_Fast_GET_SIZE(output);
@@ -47,12 +48,36 @@ py::object tuple_of(const std::vector<at::Tensor>& tensors) {
   return args;
 }
 
+/// None for a tensor that is not defined.
+py::list list_of(const std::vector<at::Tensor>& tensors) {
+  py::list list;
+  for (const at::Tensor& tensor : tensors) {
+    list.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)));
+  }
+  return list;
+}
+
+std::vector<at::Tensor> tensors_of(const py::handle& sequence) {
+  std::vector<at::Tensor> tensors;
+  for (const py::handle item : sequence) {
+    tensors.push_back(item.is_none() ? at::Tensor() : THPVariable_Unpack(item.ptr()));
+  }
+  return tensors;
+}
+
+/// Whether this is of a subclass that says itself what an operation does: its wrapper has no bytes of its own.
+bool is_wrapper(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.unsafeGetTensorImpl()->key_set().has(c10::DispatchKey::Python);
+}
+
+bool is_given(const py::object& object) { return object && !object.is_none(); }
+
 /// Calls `before`, the work, and `after` (also where the work throws), as a context manager would.
 template <typename Work>
-void in_context(const StageCallbacks& callbacks, bool last, const Work& work) {
+void in_context(const StageCallbacks& callbacks, bool last, const std::vector<at::Tensor>& graph, const Work& work) {
   {
     py::gil_scoped_acquire gil;
-    callbacks.before_backward(last);
+    callbacks.before_backward(last, list_of(graph));
   }
   const auto leave = [&] {
     py::gil_scoped_acquire gil;
@@ -77,14 +102,19 @@ SharedPython share_python(py::object object) {
 }
 
 Stage::Stage(int64_t index, bool is_first, bool is_last, StageCallbacks callbacks)
-    : index_(index), is_first_(is_first), is_last_(is_last), callbacks_(std::move(callbacks)) {}
+    : index_(index), is_first_(is_first), is_last_(is_last) {
+  set_callbacks(std::move(callbacks));
+}
 
 void Stage::set_edges(std::vector<Edge> in_edges, std::vector<Edge> out_edges) {
   in_edges_ = std::move(in_edges);
   out_edges_ = std::move(out_edges);
 }
 
-void Stage::set_callbacks(StageCallbacks callbacks) { callbacks_ = std::move(callbacks); }
+void Stage::set_callbacks(StageCallbacks callbacks) {
+  callbacks_ = std::move(callbacks);
+  is_data_parallel_ = is_given(callbacks_.before_backward);
+}
 
 void Stage::begin_step(size_t microbatches, bool training, uint64_t step) {
   clear();
@@ -109,6 +139,7 @@ Frame Stage::frame(size_t microbatch) const {
 
 void Stage::accept_activation(const Edge& edge, size_t microbatch, Message message) {
   Microbatch& state = at(microbatch);
+  wrap(message);
   const size_t count = message.tensors.size();
   if (!edge.inputs.empty() && edge.inputs.size() != count) {
     throw std::runtime_error(name_of(index_, microbatch) + ": " + std::to_string(count) + " tensors came from stage " +
@@ -138,8 +169,12 @@ py::object Stage::received_args(Microbatch& state) {
     // gradient.
     tensors.push_back(std::move(input.tensor));
   }
+  return build_args(tensors, std::exchange(state.structure, {}));
+}
+
+py::object Stage::build_args(const std::vector<at::Tensor>& tensors, std::string structure) {
   py::object args = tuple_of(tensors);
-  return state.structure.empty() ? args : callbacks_.unflatten(args, py::bytes(std::exchange(state.structure, {})));
+  return structure.empty() ? args : callbacks_.unflatten(args, py::bytes(structure));
 }
 
 py::object Stage::forward(size_t microbatch, PyObject* args, PyObject* kwargs) {
@@ -156,25 +191,58 @@ py::object Stage::forward(size_t microbatch, PyObject* args, PyObject* kwargs) {
 }
 
 void Stage::keep_outputs(Microbatch& state, const py::object& output) {
-  state.outputs.clear();
+  std::vector<at::Tensor> tensors;
   state.output_structure.clear();
-  if (!plain_tensors(output.ptr(), state.outputs) ||
-      !std::all_of(state.outputs.begin(), state.outputs.end(), can_travel)) {
-    state.outputs.clear();
+  state.output_wrappings.clear();
+  if (!plain_tensors(output.ptr(), tensors) || !std::all_of(tensors.begin(), tensors.end(), can_travel)) {
+    tensors.clear();
     const auto flat = callbacks_.flatten(output).cast<py::tuple>();
-    if (!plain_tensors(flat[0].ptr(), state.outputs)) {
+    if (!plain_tensors(flat[0].ptr(), tensors)) {
       throw std::runtime_error("flatten did not give a tuple of tensors");
     }
     state.output_structure = flat[1].cast<std::string>();
   }
-  state.output_edges.assign(state.outputs.size(), {});
-  state.output_gradients.assign(state.outputs.size(), {});
+  state.output_edges.assign(tensors.size(), {});
+  state.output_requires_grad.assign(tensors.size(), 0);
+  state.output_gradients.assign(tensors.size(), {});
   if (training_) {
-    for (size_t i = 0; i < state.outputs.size(); ++i) {
-      if (state.outputs[i].requires_grad()) {
-        state.output_edges[i] = torch::autograd::impl::gradient_edge(state.outputs[i]);
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      if (tensors[i].requires_grad()) {
+        state.output_edges[i] = torch::autograd::impl::gradient_edge(tensors[i]);
+        state.output_requires_grad[i] = 1;
       }
     }
+    look_for_leaves(state.output_edges);
+  }
+  Message message{.frame = {}, .tensors = std::move(tensors), .requires_grad = {}, .structure = {}};
+  unwrap(message);
+  state.outputs = std::move(message.tensors);
+  state.output_wrappings = std::move(message.wrappings);
+}
+
+/// Puts what travels in the place of tensors that are wrappers. Takes the GIL where there are any.
+void Stage::unwrap(Message& message) {
+  if (!std::any_of(message.tensors.begin(), message.tensors.end(), is_wrapper)) {
+    return;
+  }
+  py::gil_scoped_acquire gil;
+  const auto unwrapped = callbacks_.unwrap(list_of(message.tensors)).cast<py::tuple>();
+  message.tensors = tensors_of(unwrapped[0]);
+  message.wrappings = unwrapped[1].cast<std::string>();
+}
+
+void Stage::wrap(Message& message) {
+  if (message.wrappings.empty()) {
+    return;
+  }
+  py::gil_scoped_acquire gil;
+  message.tensors =
+      tensors_of(callbacks_.wrap(list_of(message.tensors), py::bytes(std::exchange(message.wrappings, {}))));
+}
+
+void Stage::look_for_leaves(const torch::autograd::edge_list& edges) {
+  if (leaves_) {
+    leaves_->visit(edges);
   }
 }
 
@@ -184,7 +252,11 @@ Message Stage::activation(const Edge& edge, size_t microbatch) const {
   Message message{.frame = frame(microbatch), .tensors = {}, .requires_grad = {}, .structure = {}};
   if (edge.outputs.empty()) {
     message.structure = state.output_structure;
+  } else if (!state.output_wrappings.empty()) {
+    throw std::runtime_error(name_of(index_, microbatch) +
+                             ": a traced stage returned a DTensor, which its edges cannot carry: return its to_local()");
   }
+  message.wrappings = state.output_wrappings;
   message.tensors.reserve(count);
   message.requires_grad.reserve(count);
   for (size_t i = 0; i < count; ++i) {
@@ -194,7 +266,7 @@ Message Stage::activation(const Edge& edge, size_t microbatch) const {
                                " but the module returned " + std::to_string(state.outputs.size()));
     }
     message.tensors.push_back(state.outputs[index].detach());
-    message.requires_grad.push_back(static_cast<uint8_t>(state.output_edges[index].is_valid()));
+    message.requires_grad.push_back(state.output_requires_grad[index]);
   }
   return message;
 }
@@ -217,10 +289,12 @@ void Stage::set_loss(size_t microbatch, const at::Tensor& loss) {
   Microbatch& state = at(microbatch);
   state.loss = torch::autograd::impl::gradient_edge(loss);
   state.loss_gradient = at::ones_like(loss);
+  look_for_leaves({state.loss});
 }
 
 void Stage::accept_gradient(const Edge& edge, size_t microbatch, Message message) {
   Microbatch& state = at(microbatch);
+  wrap(message);
   const size_t expected = edge.outputs.empty() ? state.output_edges.size() : edge.outputs.size();
   if (message.tensors.size() != expected) {
     throw std::runtime_error(name_of(index_, microbatch) + ": " + std::to_string(message.tensors.size()) +
@@ -273,6 +347,8 @@ void Stage::run_backward(Microbatch& state, BackwardKind kind) {
   for (const Input& input : state.inputs) {
     if (input.node) {
       input_nodes.emplace_back(input.node);
+    } else if (input.is_leaf && input.tensor.requires_grad()) {
+      input_nodes.emplace_back(torch::autograd::impl::grad_accumulator(input.tensor));
     }
   }
   if (!roots.edges.empty()) {
@@ -283,11 +359,11 @@ void Stage::run_backward(Microbatch& state, BackwardKind kind) {
 void Stage::backward(size_t microbatch, BackwardKind kind, bool last) {
   Microbatch& state = at(microbatch);
   // As in torch, a dw_builder's stage leaves its weight gradients out of autograd, so I is the whole engine call.
-  const bool builds_weights = static_cast<bool>(callbacks_.dw_builder) && !callbacks_.dw_builder.is_none();
+  const bool builds_weights = is_given(callbacks_.dw_builder);
   const BackwardKind engine_kind = builds_weights && kind == BackwardKind::kInput ? BackwardKind::kFull : kind;
   const auto work = [&] { run_backward(state, engine_kind); };
-  if (callbacks_.before_backward && !callbacks_.before_backward.is_none()) {
-    in_context(callbacks_, last, work);
+  if (is_data_parallel_) {
+    in_context(callbacks_, last, last ? graph_of(state, kind) : std::vector<at::Tensor>(), work);
   } else {
     work();
   }
@@ -303,26 +379,100 @@ void Stage::backward(size_t microbatch, BackwardKind kind, bool last) {
   }
 }
 
+/// Tensors without values whose graph is the one that the backward will run: a DDP that looks for unused parameters
+/// looks behind its outputs.
+std::vector<at::Tensor> Stage::graph_of(const Microbatch& state, BackwardKind kind) const {
+  torch::autograd::edge_list edges;
+  if (kind == BackwardKind::kWeight) {
+    if (state.weight_half) {
+      edges = state.weight_half->edges();
+    }
+  } else {
+    edges = state.output_edges;
+    edges.push_back(state.loss);
+  }
+  std::vector<at::Tensor> tensors;
+  for (torch::autograd::Edge& edge : edges) {
+    if (edge.is_valid()) {
+      torch::autograd::impl::set_gradient_edge(tensors.emplace_back(at::empty({0})), std::move(edge));
+    }
+  }
+  return tensors;
+}
+
+at::Tensor Stage::Input::take_gradient() {
+  if (is_leaf) {
+    return std::exchange(tensor.mutable_grad(), at::Tensor());
+  }
+  return node ? std::exchange(node, nullptr)->take_gradient() : at::Tensor();
+}
+
 Message Stage::input_gradients(const Edge& edge, size_t microbatch) {
   Microbatch& state = at(microbatch);
+  if (state.has_given_gradients && state.given_gradients.size() != state.inputs.size()) {
+    throw std::runtime_error(name_of(index_, microbatch) + ": " + std::to_string(state.given_gradients.size()) +
+                             " input gradients were given for " + std::to_string(state.inputs.size()) + " inputs");
+  }
   const size_t count = edge.inputs.empty() ? state.inputs.size() : edge.inputs.size();
   Message message{.frame = frame(microbatch), .tensors = {}, .requires_grad = {}, .structure = {}};
   message.tensors.reserve(count);
   message.requires_grad.assign(count, 0);
   for (size_t i = 0; i < count; ++i) {
-    Input& input = state.inputs[edge.inputs.empty() ? i : static_cast<size_t>(edge.inputs[i])];
-    message.tensors.push_back(input.node ? input.node->take_gradient() : at::Tensor());
-    input.node.reset();
+    const size_t position = edge.inputs.empty() ? i : static_cast<size_t>(edge.inputs[i]);
+    message.tensors.push_back(state.has_given_gradients ? std::move(state.given_gradients[position])
+                                                        : state.inputs[position].take_gradient());
   }
+  unwrap(message);
   return message;
 }
 
 std::vector<at::Tensor> Stage::input_gradients(size_t microbatch) {
+  Microbatch& state = at(microbatch);
+  if (state.has_given_gradients) {
+    return std::exchange(state.given_gradients, std::vector<at::Tensor>(state.inputs.size()));
+  }
   std::vector<at::Tensor> gradients;
-  for (Input& input : at(microbatch).inputs) {
-    gradients.push_back(input.node ? input.node->take_gradient() : at::Tensor());
+  for (Input& input : state.inputs) {
+    gradients.push_back(input.take_gradient());
   }
   return gradients;
+}
+
+py::object Stage::take_inputs(size_t microbatch) {
+  Microbatch& state = at(microbatch);
+  std::vector<at::Tensor> tensors;
+  for (Input& input : state.inputs) {
+    if (!input.is_leaf) {
+      input.tensor = input.tensor.detach();
+      input.tensor.set_requires_grad(input.node != nullptr);
+      input.node.reset();
+      input.is_leaf = true;
+      if (leaves_) {
+        leaves_->exclude(input.tensor);
+      }
+    }
+    tensors.push_back(input.tensor);
+  }
+  return build_args(tensors, state.structure);
+}
+
+void Stage::give_outputs(size_t microbatch, const py::object& output) { keep_outputs(at(microbatch), output); }
+
+void Stage::drop_graph(size_t microbatch) {
+  Microbatch& state = at(microbatch);
+  state.output_edges.assign(state.output_edges.size(), {});
+  state.loss = {};
+  state.loss_gradient = at::Tensor();
+}
+
+std::vector<at::Tensor> Stage::take_output_gradients(size_t microbatch) {
+  return std::exchange(at(microbatch).output_gradients, {});
+}
+
+void Stage::give_input_gradients(size_t microbatch, std::vector<at::Tensor> gradients) {
+  Microbatch& state = at(microbatch);
+  state.given_gradients = std::move(gradients);
+  state.has_given_gradients = true;
 }
 
 void Stage::set_output_gradients(size_t microbatch, std::vector<at::Tensor> gradients) {

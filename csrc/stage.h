@@ -2,6 +2,7 @@
 
 #include "backward/full_backward.h"
 #include "backward/split_backward.h"
+#include "backward/step_leaves.h"
 #include "message.h"
 #include "receive_node.h"
 
@@ -36,7 +37,12 @@ struct StageCallbacks {
   pybind11::object flatten;
   /// (tensors, structure bytes) -> args
   pybind11::object unflatten;
-  /// (last: bool) before a backward that may reduce gradients, and after it; None where the stage is not data-parallel.
+  /// (tensors, Nones among them) -> (what travels in their place, bytes that `wrap` understands), for DTensors.
+  pybind11::object unwrap;
+  /// (what came, bytes) -> tensors
+  pybind11::object wrap;
+  /// (last: bool, tensors whose graph is run) before a backward that may reduce gradients, and (last) after it; None
+  /// where the stage is not data-parallel.
   pybind11::object before_backward;
   pybind11::object after_backward;
   /// () -> runner of the weight gradients, as torch's dw_builder; None where the stage has none.
@@ -57,6 +63,9 @@ class Stage {
 
   void set_edges(std::vector<Edge> in_edges, std::vector<Edge> out_edges);
   void set_callbacks(StageCallbacks callbacks);
+  bool is_data_parallel() const { return is_data_parallel_; }
+  /// Where leaves of this stage's graphs are looked for, until it is null.
+  void follow_leaves(std::shared_ptr<StepLeaves> leaves) { leaves_ = std::move(leaves); }
 
   /// Without the GIL, or with it.
   void begin_step(size_t microbatches, bool training, uint64_t step);
@@ -83,9 +92,19 @@ class Stage {
   /// The gradients that go back over one in-edge; valid after the full or the input backward, once an edge. No GIL.
   Message input_gradients(const Edge& edge, size_t microbatch);
 
-  /// Inputs and gradients by hand, for the functions of torch's stage that clients call.
-  std::vector<at::Tensor> input_gradients(size_t microbatch);
+  /// A microbatch by hand, for programs that run a stage's forward or backward themselves. With the GIL.
+
+  /// The positional inputs that came, as leaves of a graph of their own; a second call gives the same ones.
+  pybind11::object take_inputs(size_t microbatch);
+  /// The stage's output; its graph is let go by `drop_graph`, or run by `backward`.
+  void give_outputs(size_t microbatch, const pybind11::object& output);
+  void drop_graph(size_t microbatch);
+  /// The gradients that came for the outputs.
+  std::vector<at::Tensor> take_output_gradients(size_t microbatch);
   void set_output_gradients(size_t microbatch, std::vector<at::Tensor> gradients);
+  /// The gradients of the inputs, in place of those that a backward of the runtime's would have left.
+  void give_input_gradients(size_t microbatch, std::vector<at::Tensor> gradients);
+  std::vector<at::Tensor> input_gradients(size_t microbatch);
 
   void clear();
 
@@ -93,24 +112,38 @@ class Stage {
   struct Input {
     at::Tensor tensor;
     c10::intrusive_ptr<ReceiveNode> node;
+    /// Taken by hand: `tensor` is a leaf that collects its own gradient.
+    bool is_leaf = false;
+
+    at::Tensor take_gradient();
   };
 
   struct Microbatch {
     std::vector<Input> inputs;
     std::string structure;
+    /// What travels of the outputs.
     std::vector<at::Tensor> outputs;
     std::vector<torch::autograd::Edge> output_edges;
+    std::vector<uint8_t> output_requires_grad;
     std::string output_structure;
+    std::string output_wrappings;
     std::vector<at::Tensor> output_gradients;
     torch::autograd::Edge loss;
     at::Tensor loss_gradient;
     std::unique_ptr<WeightHalf> weight_half;
     SharedPython weight_runner;
+    std::vector<at::Tensor> given_gradients;
+    bool has_given_gradients = false;
   };
 
   Microbatch& at(size_t microbatch);
   const Microbatch& at(size_t microbatch) const;
   pybind11::object received_args(Microbatch& state);
+  pybind11::object build_args(const std::vector<at::Tensor>& tensors, std::string structure);
+  void unwrap(Message& message);
+  void wrap(Message& message);
+  void look_for_leaves(const torch::autograd::edge_list& edges);
+  std::vector<at::Tensor> graph_of(const Microbatch& state, BackwardKind kind) const;
   void keep_outputs(Microbatch& state, const pybind11::object& output);
   Roots take_roots(Microbatch& state);
   void run_backward(Microbatch& state, BackwardKind kind);
@@ -122,6 +155,8 @@ class Stage {
   bool training_ = false;
   uint64_t step_ = 0;
   StageCallbacks callbacks_;
+  bool is_data_parallel_ = false;
+  std::shared_ptr<StepLeaves> leaves_;
   std::vector<Edge> in_edges_;
   std::vector<Edge> out_edges_;
   std::vector<Microbatch> microbatches_;

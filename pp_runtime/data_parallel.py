@@ -1,10 +1,11 @@
-"""Data parallelism under the pipeline: when DDP and FSDP modules gather weights and reduce gradients."""
+"""Data parallelism under the pipeline: when DDP, replicate and FSDP2 modules gather weights and reduce gradients."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ class DataParallelAdapter:
     def before_backward(self, last: bool, outputs: Sequence[torch.Tensor] = ()) -> None:
         """Before a B, I or W. ``last`` is the stage's last B or W of the step.
 
-        ``outputs`` are the forward's outputs; only DDP with ``find_unused_parameters`` looks at them.
+        ``outputs`` have the graph that the last one runs; only DDP with ``find_unused_parameters`` looks at them.
         """
 
     def after_backward(self, last: bool) -> None:
@@ -38,6 +39,10 @@ class DataParallelAdapter:
 
     def reduce_grad(self) -> None:
         """After the stage's last B or W: reduce the gradients, where that has not begun by itself."""
+
+    def keeps_gradients(self) -> bool:
+        """Whether a gradient set aside would be written over, since it lies in a buffer of the module's own."""
+        return False
 
 
 class ReplicatedAdapter(DataParallelAdapter):
@@ -58,9 +63,44 @@ class ReplicatedAdapter(DataParallelAdapter):
             for module in self._modules:
                 module.reducer.prepare_for_backward(list(outputs))
 
+    def keeps_gradients(self) -> bool:
+        return any(module.gradient_as_bucket_view for module in self._modules)
+
+
+class ComposableReplicaAdapter(DataParallelAdapter):
+    """For ``torch.distributed._composable.replicate``: a DDP beside the module, in hooks around its forward."""
+
+    def __init__(self, modules: Sequence[torch.nn.Module]) -> None:
+        self._modules = modules
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        states = [_replica_state(module) for module in self._modules]
+        before = [state._no_sync for state in states]
+        for state in states:
+            state._no_sync = True
+        try:
+            yield
+        finally:
+            for state, no_sync in zip(states, before, strict=True):
+                state._no_sync = no_sync
+
+    def before_backward(self, last: bool, outputs: Sequence[torch.Tensor] = ()) -> None:
+        if last:
+            for replica in self._replicas():
+                replica.reducer.prepare_for_backward(list(outputs))
+
+    def keeps_gradients(self) -> bool:
+        return any(replica.gradient_as_bucket_view for replica in self._replicas())
+
+    def _replicas(self) -> list[DistributedDataParallel]:
+        """Each module's DDP, which its first forward makes."""
+        states = map(_replica_state, self._modules)
+        return [state._ddp for state in states if state.has_initialized]
+
 
 class ShardedAdapter(DataParallelAdapter):
-    """For FSDP2's ``fully_shard`` and for ``replicate``: gathers and reduces only where the order says so."""
+    """For FSDP2's ``fully_shard`` and its ``replicate``: gathers and reduces only where the order says so."""
 
     def __init__(self, roots: Sequence[Any]) -> None:
         self._roots = roots
@@ -109,44 +149,112 @@ class ShardedAdapter(DataParallelAdapter):
             root.set_requires_gradient_sync(reduce)
 
 
-def adapter_for(module: torch.nn.Module) -> DataParallelAdapter | None:
-    """The adapter that the data-parallel modules in ``module`` need; None if there are none."""
-    roots = list(_outermost(module, _is_sharded))
-    if roots:
-        return ShardedAdapter(roots)
-    replicas = list(_outermost(module, lambda each: isinstance(each, DistributedDataParallel)))
-    if replicas:
-        return ReplicatedAdapter(replicas)
-    return None
+class _Together(DataParallelAdapter):
+    """Several adapters of one stage, of modules that are wrapped in different ways."""
+
+    def __init__(self, adapters: Sequence[DataParallelAdapter]) -> None:
+        self._adapters = adapters
+
+    def forward_context(self) -> AbstractContextManager[object]:
+        stack = ExitStack()
+        for adapter in self._adapters:
+            stack.enter_context(adapter.forward_context())
+        return stack
+
+    def before_backward(self, last: bool, outputs: Sequence[torch.Tensor] = ()) -> None:
+        for adapter in self._adapters:
+            adapter.before_backward(last, outputs)
+
+    def after_backward(self, last: bool) -> None:
+        for adapter in self._adapters:
+            adapter.after_backward(last)
+
+    def unshard(self) -> None:
+        for adapter in self._adapters:
+            adapter.unshard()
+
+    def reshard(self) -> None:
+        for adapter in self._adapters:
+            adapter.reshard()
+
+    def reduce_grad(self) -> None:
+        for adapter in self._adapters:
+            adapter.reduce_grad()
+
+    def keeps_gradients(self) -> bool:
+        return any(adapter.keeps_gradients() for adapter in self._adapters)
 
 
-def scale_gradients(parameters: Iterable[torch.nn.Parameter], divisor: int) -> None:
-    """Divide all gradients in one fused call. ``divisor`` is the number of microbatches, or 1 to leave them summed."""
-    if divisor == 1:
-        return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if gradients:
-        with torch.no_grad():
-            torch._foreach_div_(gradients, divisor)
+@dataclass(frozen=True, slots=True)
+class Wrapped:
+    """The data-parallel modules of a stage, of each kind those that stand in no other one of that kind."""
+
+    sharded: tuple[Any, ...] = ()
+    replicated: tuple[DistributedDataParallel, ...] = ()
+    composable: tuple[torch.nn.Module, ...] = ()
+
+    @staticmethod
+    def of(modules: Iterable[torch.nn.Module]) -> Wrapped:
+        """Those in some modules. It is asked at every step, since a program may wrap and unwrap between steps."""
+        found: dict[_Kind, list[Any]] = {kind: [] for kind in _KINDS}
+        kind_of: dict[type, _Kind] = {}
+        seen: set[int] = set()
+        to_visit: list[tuple[torch.nn.Module, _Kind]] = [(module, 0) for module in modules]
+        to_visit.reverse()
+        while to_visit:
+            module, inside = to_visit.pop()
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            cls = type(module)
+            kind = kind_of.get(cls)
+            if kind is None:
+                kind = kind_of[cls] = _kind_of(cls)
+            if kind and not kind & inside:
+                found[kind].append(module)
+                inside |= kind
+            if children := module._modules:
+                to_visit += [(child, inside) for child in reversed(children.values()) if child is not None]
+        return Wrapped(tuple(found[_SHARDED]), tuple(found[_REPLICATED]), tuple(found[_COMPOSABLE]))
+
+    def adapter(self) -> DataParallelAdapter | None:
+        """What they need around the pipeline's actions; None if there are none."""
+        adapters: list[DataParallelAdapter] = []
+        if self.sharded:
+            adapters.append(ShardedAdapter(self.sharded))
+        if self.replicated:
+            adapters.append(ReplicatedAdapter(self.replicated))
+        if self.composable:
+            adapters.append(ComposableReplicaAdapter(self.composable))
+        return _Together(adapters) if len(adapters) > 1 else adapters[0] if adapters else None
 
 
-def _outermost(module: torch.nn.Module, wanted: Any) -> Iterable[Any]:
-    """The wanted modules that stand in no other wanted one."""
-    if wanted(module):
-        yield module
-        return
-    for child in module.children():
-        yield from _outermost(child, wanted)
+def adapter_for(*modules: torch.nn.Module) -> DataParallelAdapter | None:
+    """The adapter that the data-parallel modules in ``modules`` need; None if there are none."""
+    return Wrapped.of(modules).adapter()
 
 
-def _is_sharded(module: torch.nn.Module) -> bool:
-    # Importing FSDP takes a while; where nobody has, no module is sharded.
+_Kind = int
+_SHARDED, _REPLICATED, _COMPOSABLE = _KINDS = (1, 2, 4)
+
+
+def _kind_of(cls: type) -> _Kind:
+    if issubclass(cls, DistributedDataParallel):
+        return _REPLICATED
+    # Importing FSDP and replicate takes a while; where nobody has, no module is of them.
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+    if fsdp is not None and issubclass(cls, fsdp.FSDPModule):
+        return _SHARDED
+    composable = sys.modules.get("torch.distributed._composable.replicate")
+    return _COMPOSABLE if composable is not None and issubclass(cls, composable.DDP) else 0
 
 
 def _sharded_modules(root: torch.nn.Module) -> Iterable[Any]:
-    return (module for module in root.modules() if _is_sharded(module))
+    return (module for module in root.modules() if _kind_of(type(module)) == _SHARDED)
+
+
+def _replica_state(module: torch.nn.Module) -> Any:
+    return sys.modules["torch.distributed._composable.replicate"].replicate.state(module)
 
 
 def _parameter_groups(state: Any) -> Sequence[Any]:

@@ -57,6 +57,10 @@ class StageOutputError(PipelineError):
     """A stage's output cannot be sent to the next stage; the message names what in it, and why."""
 
 
+class StageInputError(PipelineError):
+    """What a stage receives cannot be made a tensor on its rank; the message says why and what to give."""
+
+
 class PipelineUsageError(ValueError):
     """A call that cannot be right, found before anything ran; the message says what to change."""
 

@@ -33,10 +33,31 @@ from .ir import (
 # Operation numbers of csrc/program.h
 _COMPUTE = {FORWARD: 0, FULL_BACKWARD: 1, BACKWARD_INPUT: 2, BACKWARD_WEIGHT: 3}
 _SEND_F, _RECV_F, _SEND_B, _RECV_B, _HAND_F, _HAND_B, _CALL = 4, 5, 6, 7, 8, 9, 10
-_LAST, _RELEASES = 1, 2
+_LAST, _RELEASES, _ONLY_DATA_PARALLEL = 1, 2, 4
 _WITHOUT_OBJECT = (UNSHARD, RESHARD, REDUCE_GRAD)
 
 Handler = Callable[[Action], None]
+MethodHandler = Callable[[Action, bool], None]
+"""Is also told whether the action is its stage's last one that makes weight gradients."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handlers:
+    """What is called in place of the runtime, by type; those of a type before those of a stage.
+
+    ``data_parallel`` are for stages that are data-parallel in the step at hand.
+    """
+
+    by_type: Mapping[ActionType, Handler] = field(default_factory=dict)
+    of_stage: Mapping[tuple[int, ActionType], MethodHandler] = field(default_factory=dict)
+    data_parallel: Mapping[ActionType, Handler] = field(default_factory=dict)
+
+    def of(self, action: Action, *, last: bool) -> Handler | None:
+        """What is called for an action, whether its stage is data-parallel or not."""
+        if (handler := self.by_type.get(action.computation_type)) is not None:
+            return handler
+        method = self.of_stage.get((action.stage_index, action.computation_type))
+        return None if method is None else lambda action: method(action, last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +91,7 @@ class Lowering:
     """Lowers the actions of one rank.
 
     ``edges`` are (source stage, destination stage) pairs; their places in it are the program's edge numbers. ``slots``
-    gives each stage of this rank its place in the executor's table. ``handlers`` are called in place of the runtime for
-    the types that they name.
+    gives each stage of this rank its place in the executor's table.
     """
 
     def __init__(
@@ -80,7 +100,7 @@ class Lowering:
         placement: Placement,
         edges: Sequence[tuple[int, int]],
         slots: Mapping[int, int],
-        handlers: Mapping[ActionType, Handler],
+        handlers: Handlers,
     ) -> None:
         self._rank = rank
         self._placement = placement
@@ -107,7 +127,7 @@ class Lowering:
 
     def _lower(self, action: Action, last: Mapping[int, Action]) -> None:
         stage, kind, microbatch, parts = action
-        handler = self._handlers.get(kind)
+        handler = self._handlers.of(action, last=last.get(stage) is action)
         if kind in _COMPUTE:
             if handler is not None:
                 self._call(handler, action)
@@ -125,12 +145,14 @@ class Lowering:
         elif kind in _WITHOUT_OBJECT:
             if handler is not None:
                 self._call(handler, action)
+            elif kind in self._handlers.data_parallel:
+                self._call(self._handlers.data_parallel[kind], action, flags=_ONLY_DATA_PARALLEL)
         else:
             self._message(stage, kind, microbatch)
 
-    def _call(self, handler: Handler, action: Action) -> None:
+    def _call(self, handler: Handler, action: Action, flags: int = 0) -> None:
         stage = action.stage_index if action.stage_index in self._slots else -1
-        self._emit(_CALL, stage, action.microbatch_index, callback=len(self._lowered.callbacks))
+        self._emit(_CALL, stage, action.microbatch_index, flags=flags, callback=len(self._lowered.callbacks))
         self._lowered.callbacks.append(partial(handler, action))
         self._lowered.callback_names.append(str(action))
 

@@ -19,6 +19,7 @@ import torch
 
 from . import _C
 from .errors import StageOutputError
+from .special_tensors import is_dtensor, local_part, waited_for
 
 
 class _Pickler(pickle.Pickler):
@@ -68,11 +69,12 @@ def flatten_output(stage_index: int) -> Callable[[Any], tuple[tuple[torch.Tensor
     """
 
     def flatten(output: Any) -> tuple[tuple[torch.Tensor, ...], bytes]:
+        args = _normalize_model_output_as_tuple(output)
         try:
-            tensors, structure = _take_apart(_normalize_model_output_as_tuple(output))
+            tensors, structure = (args, b"") if all(map(_is_tensor, args)) else _take_apart(args)
         except Exception as error:  # whatever an object's own __reduce__ raises
             _refuse(stage_index, output, error)
-        if not tensors or not all(map(_C.can_travel, tensors)):
+        if not tensors or not all(map(_can_travel, tensors)):
             _refuse(stage_index, output, None)
         return tensors, structure
 
@@ -96,9 +98,6 @@ def rebuild_args(stage_index: int) -> Callable[[tuple[torch.Tensor, ...], bytes]
 
 def tensors_and_structure(output: Any, stage_index: int) -> tuple[list[torch.Tensor], bytes]:
     """An output as the runtime hands it over; the structure is empty for a plain tuple of tensors."""
-    args = _normalize_model_output_as_tuple(output)
-    if all(isinstance(value, torch.Tensor) for value in args):
-        return list(args), b""
     tensors, structure = flatten_output(stage_index)(output)
     return list(tensors), structure
 
@@ -110,6 +109,10 @@ def without_graph(output: Any) -> Any:
         return _put_together(tuple(tensor.detach() for tensor in tensors), structure)
     except Exception:  # whatever an object's own __reduce__ or __setstate__ raises
         return output
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def _refuse(stage_index: int, output: Any, error: Exception | None) -> NoReturn:
@@ -126,9 +129,7 @@ def _refuse(stage_index: int, output: Any, error: Exception | None) -> NoReturn:
 def _first_offender(value: Any, path: str) -> tuple[str, str] | None:
     """The path to the first thing in an output that cannot travel, and why; None where nothing is found."""
     if isinstance(value, torch.Tensor):
-        return (
-            None if _C.can_travel(value) else (path, f"is {_kind(value)}, which cannot be sent as it is{_mend(value)}")
-        )
+        return None if _can_travel(value) else (path, f"is {_kind(value)}, which cannot be sent as it is{_mend(value)}")
     for name, item in _items(value):
         if (found := _first_offender(item, path + name)) is not None:
             return found
@@ -139,6 +140,13 @@ def _first_offender(value: Any, path: str) -> tuple[str, str] | None:
     except Exception as error:  # as above
         return path, f"is {_kind(value)}, which cannot be sent to another rank: {error}"
     return None
+
+
+def _can_travel(tensor: torch.Tensor) -> bool:
+    """Whether a tensor travels: as its own bytes, or as its local part or its value, which the exchange puts there."""
+    if is_dtensor(tensor):
+        return _C.can_travel(local_part(tensor))
+    return _C.can_travel(waited_for(tensor))
 
 
 def _items(value: Any) -> list[tuple[str, Any]]:
@@ -161,15 +169,11 @@ def _kind(value: Any) -> str:
 
 
 def _mend(tensor: torch.Tensor) -> str:
-    if hasattr(tensor, "to_local"):
-        return ": return its to_local()"
     if tensor.layout is not torch.strided:
         return ": return its to_dense(), or its parts"
     return ""
 
 
 def _normalize_model_output_as_tuple(output: Any) -> tuple[Any, ...]:
-    """A stage's output as the next one's positional inputs: ``x`` is ``(x,)``, and a list is the tuple of it."""
-    if type(output) is list:
-        return tuple(output)
-    return output if type(output) is tuple else (output,)
+    """A stage's output as the next one's positional inputs: ``x`` is ``(x,)``; a list and a named tuple are tuples."""
+    return tuple(output) if type(output) is list or isinstance(output, tuple) else (output,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import _C
 from .ir import (
@@ -21,7 +21,7 @@ from .ir import (
     Order,
     Placement,
 )
-from .lowering import Channel, Handler, Lowered, Lowering
+from .lowering import Channel, Handler, Handlers, Lowered, Lowering
 from .passes.communication import insert_communication
 from .passes.credits import ChannelKey, Limits, channel_limits
 from .passes.data_parallel import insert_reduce_grad, insert_unshard
@@ -135,7 +135,7 @@ class Plan:
         source, destination = self.placement[edge.source], self.placement[edge.destination]
         return (destination, source) if backward else (source, destination)
 
-    def lower(self, rank: int, *, training: bool, handlers: Mapping[ActionType, Handler]) -> Lowered:
+    def lower(self, rank: int, *, training: bool, handlers: Handlers) -> Lowered:
         """One rank's program."""
         order = self.with_communication if training else self.forward_only
         slots = {stage: slot for slot, stage in enumerate(s for s, r in enumerate(self.placement) if r == rank)}
@@ -143,21 +143,16 @@ class Plan:
         return Lowering(rank, self.placement, edges, slots, handlers).lower(order[rank])
 
 
-def handlers_of(
-    stages: Sequence[_PipelineStageBase], custom: Mapping[ActionType, Callable[..., None]]
-) -> dict[ActionType, Handler]:
-    """What is called for actions that Python does: the user's own functions, and those of data-parallel stages."""
-    adapters = {stage.stage_index: adapter for stage in stages if (adapter := stage.adapter()) is not None}
-    handlers: dict[ActionType, Handler] = dict(custom)
-    if adapters:
-        for kind, method in ((UNSHARD, "unshard"), (RESHARD, "reshard"), (REDUCE_GRAD, "reduce_grad")):
-            handlers.setdefault(kind, _adapter_call(adapters, method))
-    return handlers
+def data_parallel_handlers(stages: Sequence[_PipelineStageBase]) -> dict[ActionType, Handler]:
+    """What UNSHARD, RESHARD and REDUCE_GRAD do on stages that are data-parallel when they come."""
+    by_index = {stage.stage_index: stage for stage in stages}
+    methods = ((UNSHARD, "unshard"), (RESHARD, "reshard"), (REDUCE_GRAD, "reduce_grad"))
+    return {kind: _adapter_call(by_index, method) for kind, method in methods}
 
 
-def _adapter_call(adapters: Mapping[int, Any], method: str) -> Handler:
+def _adapter_call(stages: Mapping[int, _PipelineStageBase], method: str) -> Handler:
     def call(action: Action) -> None:
-        adapter = adapters.get(action.stage_index)
+        adapter = stages[action.stage_index].adapter()
         if adapter is not None:
             getattr(adapter, method)()
 

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import _C
-from .agreement import Agreement, Claim, check_claims
+from .agreement import Agreement, Claim, check_claims, group_or_world
 from .channels import OpenChannels, open_channels
 from .deadline import checked_deadline, default_deadline
 from .endings import end_of_step
 from .errors import PipelineModeError
 from .failures import FailureRecord
 from .ir import ActionType, Order, Placement
-from .lowering import Lowered
+from .lowering import Handlers, Lowered, MethodHandler
 from .memory_report import MemoryReport, Meter, Signature, loads_of, plan_memory
-from .plan import Plan, Wiring, handlers_of
+from .plan import Plan, Wiring, data_parallel_handlers
+from .tied import TiedGradients, claims_of, read_claims
 from .timeline import Timeline
 
 if TYPE_CHECKING:
@@ -48,15 +49,15 @@ class Runtime:
         order: Order,
         placement: Placement,
         num_microbatches: int,
-        loss_fn: Callable[..., Any] | None,
         *,
         has_backward: bool = True,
         with_comms: bool = False,
         custom_functions: Mapping[ActionType, Callable[..., None]] | None = None,
         rebuild_order: Callable[[], Order] | None = None,
+        method_handlers: Callable[[_PipelineStageBase, frozenset[str]], Mapping[ActionType, MethodHandler]]
+        | None = None,
     ) -> None:
         self._stages = sorted(stages, key=lambda stage: stage.stage_index)
-        self._loss_fn = loss_fn
         self._has_backward = has_backward
         self._rank = stages[0].group_rank
         self._group = stages[0].group
@@ -69,7 +70,10 @@ class Runtime:
             with_comms=with_comms,
             rebuild_order=rebuild_order,
         )
-        self._handlers = handlers_of(self._stages, custom_functions or {})
+        self._custom_functions = dict(custom_functions or {})
+        self._method_handlers = method_handlers or (lambda stage, replaced: {})
+        self._replaced: list[frozenset[str]] = []
+        self._tied: TiedGradients | None = None
         self._agreement: Agreement | None = None
         self._channels: OpenChannels | None = None
         self._executors: dict[bool, _C.Executor] = {}
@@ -89,6 +93,7 @@ class Runtime:
         target_mbs: list | None,
         *,
         training: bool,
+        loss_fn: Callable[..., Any] | None = None,
         return_outputs: bool = True,
         loss_kwargs: dict | None = None,
     ) -> StepResult:
@@ -100,9 +105,9 @@ class Runtime:
                 self._set_meter(Meter())
             self._begin()
             executor = self._last = self._executors[training]
-            executor.run(
-                self._step, arg_mbs, kwarg_mbs, target_mbs, self._loss_fn, loss_kwargs, training, return_outputs
-            )
+            executor.run(self._step, arg_mbs, kwarg_mbs, target_mbs, loss_fn, loss_kwargs, training, return_outputs)
+            if training and self._tied:
+                self._tied.reduce()
         except BaseException as error:
             raise self._end(error, executor) from error.__cause__
         finally:
@@ -188,30 +193,44 @@ class Runtime:
     def _begin(self) -> None:
         if self._over:
             raise PipelineModeError("an earlier step of this schedule failed: make a new schedule")
-        if not self._executors:
-            self._open()
         for stage in self._stages:
             stage.refresh()
+        replaced = [stage.replaced() for stage in self._stages]
+        if replaced != self._replaced:
+            self._executors.clear()
+            self._replaced = replaced
+        if not self._executors:
+            self._open()
 
     def _open(self) -> None:
         if self._agreement is None:
             self._agreement = Agreement(self._group, self._deadline)
-        self._check_claims(self._agreement)
+            self._check_claims(self._agreement)
+        handlers = self._handlers()
         programs = {
-            training: self._plan.lower(self._rank, training=training, handlers=self._handlers)
+            training: self._plan.lower(self._rank, training=training, handlers=handlers)
             for training in {self._has_backward, False}
         }
-        # The training program's channels serve evaluations too: those use some of them.
-        self._channels = channels = open_channels(
-            self._agreement,
-            self._group,
-            self._stages[0].device,
-            programs[self._has_backward].send_channels,
-            programs[self._has_backward].receive_channels,
-            self._plan,
-        )
-        self._executors = {training: self._build(lowered, channels) for training, lowered in programs.items()}
+        if self._channels is None:
+            # The training program's channels serve evaluations too: those use some of them.
+            self._channels = open_channels(
+                self._agreement,
+                self._group,
+                self._stages[0].device,
+                programs[self._has_backward].send_channels,
+                programs[self._has_backward].receive_channels,
+                self._plan,
+            )
+        self._executors = {training: self._build(lowered, self._channels) for training, lowered in programs.items()}
         self._plan.release()
+
+    def _handlers(self) -> Handlers:
+        methods = {
+            (stage.stage_index, kind): method
+            for stage, replaced in zip(self._stages, self._replaced, strict=True)
+            for kind, method in self._method_handlers(stage, replaced).items()
+        }
+        return Handlers(self._custom_functions, methods, data_parallel_handlers(self._stages))
 
     def _check_claims(self, agreement: Agreement) -> None:
         plan = self._plan
@@ -223,13 +242,18 @@ class Runtime:
             has_backward=self._has_backward,
             order=_fingerprint(plan.order),
         )
-        words = agreement.exchange("claim", asdict(own))
+        ties = claims_of(self._stages)
+        words = agreement.exchange("claim", {**asdict(own), "ties": [asdict(tie) for tie in ties]})
+        tied = [read_claims(word.pop("ties")) for word in words]
         check_claims(
             [
                 Claim(**{**word, "stages": tuple(word["stages"]), "placement": tuple(word["placement"])})
                 for word in words
             ]
         )
+        self._tied = TiedGradients(self._stages, tied, self._rank)
+        if self._tied:
+            self._tied.connect(group_or_world(self._group))
 
     def _build(self, lowered: Lowered, channels: OpenChannels) -> _C.Executor:
         executor = _C.Executor(
@@ -257,7 +281,8 @@ class Runtime:
             executor.clear()
             # Some microbatches' gradients are in and others are not, so none are left for an optimizer to use.
             for stage in self._stages:
-                stage.submod.zero_grad(set_to_none=True)
+                for module in stage.modules():
+                    module.zero_grad(set_to_none=True)
         return raised
 
 

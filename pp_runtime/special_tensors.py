@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from pp_runtime.errors import PipelineUsageError
 
 
-def is_dtensor(value: Any) -> bool:
+def is_dtensor(value: Any) -> TypeGuard[Any]:
     """Whether this is a DTensor."""
     # Importing torch.distributed.tensor costs half a second; where nobody has, there are no DTensors.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
+
+
+def local_part(tensor: Any) -> torch.Tensor:
+    """This rank's part of a DTensor, without a graph; what is still on its way is waited for."""
+    return waited_for(tensor._local_tensor)
+
+
+def waited_for(value: Any) -> Any:
+    """The tensor that a collective will have made, once it has; anything else as it is."""
+    module = sys.modules.get("torch.distributed._functional_collectives")
+    if module is not None and isinstance(value, module.AsyncCollectiveTensor):
+        return value.trigger_wait()
+    return value
 
 
 def is_block_mask(value: Any) -> bool:

@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
 
 from . import _C
-from .data_parallel import DataParallelAdapter, adapter_for, scale_gradients
+from .chunk_methods import ChunkMethods
+from .data_parallel import DataParallelAdapter, Wrapped
+from .dtensors import DTensorExchange
 from .errors import PipelineModeError, PipelineTypeError, PipelineUsageError
-from .payload import flatten_output, rebuild_args, tensors_and_structure
+from .gradients import StepGradients, scale_gradients
+from .payload import flatten_output, rebuild_args
+from .tied import find_parameter
 
 if TYPE_CHECKING:
     from .memory_report import Meter
@@ -21,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["PipelineStage", "build_stage"]
 
 
-class _PipelineStageBase:
+class _PipelineStageBase(ChunkMethods):
     """What manual and traced stages have in common.
 
     Attributes that programs read: ``submod`` (may be replaced between steps), ``stage_index``, ``num_stages``,
@@ -61,9 +66,17 @@ class _PipelineStageBase:
         self.chunks: int | None = None
         self.log_prefix = f"[Stage {stage_index}]"
         self.stage_index_to_group_rank = {stage: stage % self.group_size for stage in range(num_stages)}
-        self._adapted: tuple[torch.nn.Module, DataParallelAdapter | None] | None = None
+        self._ties: dict[str, list[str]] = {}
+        self._tie_owners: dict[str, int] = {}
+        # A loss function that is a module is the model's too; the schedule of the last stage says so.
+        self._loss_modules: tuple[torch.nn.Module, ...] = ()
+        self._wrapped = Wrapped()
+        self._adapter: DataParallelAdapter | None = None
         self._meter: Meter | None = None
+        self._gradients: StepGradients | None = None
+        self._exchange = DTensorExchange(stage_index)
         self._core = _C.Stage(stage_index, self.is_first, self.is_last, self._callbacks())
+        self._reset_caches()
 
     @property
     def is_first(self) -> bool:
@@ -82,90 +95,76 @@ class _PipelineStageBase:
 
     # What the runtime uses
 
+    def tie(self, parameter: str, label: str) -> None:
+        """Declare a parameter of this stage to be the same as those that other stages tie by the same label.
+
+        Each stage keeps its copy, and every step adds up the gradients of all of them, so that copies that begin equal
+        stay equal. ``parameter`` is a name of ``submod.named_parameters()``. Every stage that shares the parameter ties
+        it before the first step; there the ranks compare shapes and values, and raise PipelineUsageError where they
+        differ. A parameter that two stages of one rank share as one object needs no tie.
+        """
+        find_parameter(self, parameter)
+        names = self._ties.setdefault(str(label), [])
+        if parameter not in names:
+            names.append(parameter)
+
+    def tied_parameters(self) -> tuple[tuple[tuple[int, str], ...], ...]:
+        """The parameters that a trace found in several stages, each as (stage, name) pairs; none of a manual stage."""
+        return ()
+
+    def modules(self) -> tuple[torch.nn.Module, ...]:
+        """The modules whose parameters this stage trains: its part of the model, and a loss function that is one."""
+        return (self.submod, *self._loss_modules)
+
     def adapter(self) -> DataParallelAdapter | None:
-        """How this stage's gradients are reduced, where its module is wrapped for data parallelism."""
-        if self._adapted is None or self._adapted[0] is not self.submod:
-            self._adapted = (self.submod, adapter_for(self.submod))
-        return self._adapted[1]
+        """How this stage's gradients are reduced, where its module was wrapped for data parallelism when last seen."""
+        return self._adapter
 
     def refresh(self) -> None:
-        """Let the runtime see a ``submod``, ``dw_builder`` or meter that was replaced."""
-        if self._known != (self.submod, self.dw_builder, self._meter):
+        """See what a program did to this stage since the last step: wrapped, unwrapped or replaced its module."""
+        wrapped = Wrapped.of(self.modules())
+        if wrapped != self._wrapped:
+            self._wrapped, self._adapter = wrapped, wrapped.adapter()
+        if self._known != (self.modules(), self.dw_builder, self._meter, self._wrapped):
             self._core.set_callbacks(self._callbacks())
 
     def _callbacks(self) -> _C.StageCallbacks:
         # The callbacks hold the module and not the stage: the garbage collector does not see into the runtime.
-        self._known = (self.submod, self.dw_builder, self._meter)
+        self._known = (self.modules(), self.dw_builder, self._meter, self._wrapped)
+        self._exchange.modules = self.modules()
         adapter = self.adapter()
         forward = self.submod if adapter is None else _in_context(self.submod, adapter)
         return _C.StageCallbacks(
             forward=forward if self._meter is None else self._meter.around(self.stage_index, forward),
             flatten=flatten_output(self.stage_index),
             unflatten=rebuild_args(self.stage_index),
+            unwrap=self._exchange.unwrap,
+            wrap=self._exchange.wrap,
             before_backward=None if adapter is None else adapter.before_backward,
             after_backward=None if adapter is None else adapter.after_backward,
             dw_builder=self.dw_builder,
         )
 
-    # Names that custom functions and programs with loops of their own use
-
-    def forward_one_chunk(
-        self,
-        fwd_chunk_id: int,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any] | None = None,
-        save_forward_output: bool = True,
-    ) -> Any:
-        """Run one microbatch forward, on ``args`` in the first stage, elsewhere on what was received."""
-        output = self._core.forward(fwd_chunk_id, tuple(args or ()), kwargs or {})
-        if self.is_last and save_forward_output:
-            self.output_chunks.append(output)
-        return output
-
-    def backward_one_chunk(
-        self,
-        bwd_chunk_id: int,
-        loss: torch.Tensor | None = None,
-        full_backward: bool = True,
-        last_backward: bool = False,
-    ) -> None:
-        """Run one microbatch backward: all of it, or the input half only."""
-        if not self.has_backward:
-            return
-        if self.is_last and loss is not None:
-            self._core.set_loss(bwd_chunk_id, loss)
-        kind = _C.BackwardKind.FULL if full_backward else _C.BackwardKind.INPUT
-        self._core.backward(bwd_chunk_id, kind, last_backward)
-
-    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        """Run the weight half of a microbatch's backward."""
-        if self.has_backward:
-            self._core.backward(bwd_chunk_id, _C.BackwardKind.WEIGHT, last_backward)
-
-    def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
-        """Give this stage the output of the stage before it, which is on the same rank."""
-        tensors, structure = tensors_and_structure(prev_stage_outputs, self.stage_index - 1)
-        self._core.accept_activation(mb_index, tensors, structure)
-
-    def get_local_bwd_output(self, mb_index: int) -> tuple[torch.Tensor | None, ...]:
-        """The gradients of this stage's inputs, for the stage before it; a second call finds none."""
-        return tuple(self._core.input_gradients(mb_index))
-
-    def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[torch.Tensor | None, ...], mb_index: int) -> None:
-        """Give this stage the gradients of its outputs, from the stage after it on the same rank."""
-        self._core.set_output_gradients(mb_index, list(next_stage_bwd_outputs))
+    # Names that programs with loops of their own use
 
     def clear_runtime_states(self) -> None:
         """Drop what a step left."""
         self.output_chunks.clear()
+        self._reset_caches()
         self._core.clear()
 
     def scale_grads(self, grad_scale_factor: int) -> None:
-        """Divide the gradients of all parameters, at once."""
-        scale_gradients(self.submod.parameters(), grad_scale_factor)
+        """Divide the gradients of all parameters: in a step, what the step added to them, each parameter once."""
+        parameters = [parameter for module in self.modules() for parameter in module.parameters()]
+        if self._gradients is not None:
+            self._gradients.scale(parameters, grad_scale_factor)
+        else:
+            scale_gradients(parameters, grad_scale_factor)
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """Reduce the gradients over the data-parallel ranks, where the module is wrapped for it, then scale them."""
+        if self._gradients is None:
+            self.refresh()
         adapter = self.adapter()
         if adapter is not None:
             adapter.reduce_grad()
@@ -173,6 +172,7 @@ class _PipelineStageBase:
 
     def _prepare_forward_infra(self, num_microbatches: int, *_args: Any, **_kwargs: Any) -> None:
         """For programs that call a stage without a schedule: make room for this many microbatches."""
+        self.refresh()
         self._core.begin_step(num_microbatches, self.has_backward, 0)
 
 
@@ -187,7 +187,8 @@ class PipelineStage(_PipelineStageBase):
             what is sent.
         group: the process group of the pipeline; the default group if None.
         dw_builder: returns, once a microbatch, the function that computes the weight gradients, as in torch.
-        get_mesh: accepted for torch's sake.
+        get_mesh: ``get_mesh(mesh_dim_names, mesh_layout)`` returns this rank's mesh for a DTensor that another stage
+            sent. Without it the mesh is one of this stage's parameters' or inputs', or a part of one.
     """
 
     def __init__(
@@ -205,6 +206,9 @@ class PipelineStage(_PipelineStageBase):
         get_mesh: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(submodule, stage_index, num_stages, device, group, dw_builder)
+        self._exchange = DTensorExchange(stage_index, get_mesh)
+        self._exchange.saw(tree_leaves((input_args, output_args, output_grads, input_grads)))
+        self._core.set_callbacks(self._callbacks())
 
 
 class _PipelineStage(_PipelineStageBase):

@@ -28,10 +28,17 @@ class FakeStage(_PipelineStageBase):
         self.output_chunks: list[Any] = []
         self.stage_index_to_group_rank: dict[int, int] = {}
         self.scaled: list[int] = []
-        self._core = SimpleNamespace(set_loss=lambda microbatch, loss: None)
+        self.submod = torch.nn.Identity()
+        self._core = SimpleNamespace(set_loss=lambda microbatch, loss: None, follow_leaves=lambda leaves: None)
+        self._ties: dict[str, list[str]] = {}
+        self._loss_modules = ()
+        self._gradients = None
 
     def adapter(self) -> None:
         return None
+
+    def refresh(self) -> None:
+        pass
 
     def scale_grads(self, grad_scale_factor: int) -> None:
         self.scaled.append(grad_scale_factor)
@@ -54,15 +61,15 @@ class FakeRuntime:
         order: Order,
         placement: tuple[int, ...],
         num_microbatches: int,
-        loss_fn: Callable[..., Any] | None,
         *,
         has_backward: bool = True,
         with_comms: bool = False,
         custom_functions: dict[Any, Callable[..., None]] | None = None,
         rebuild_order: Callable[[], Order] | None = None,
+        method_handlers: Callable[..., Any] | None = None,
     ) -> None:
         self.stages, self.order, self.placement = list(stages), order, placement
-        self.loss_fn, self.has_backward, self.with_comms = loss_fn, has_backward, with_comms
+        self.has_backward, self.with_comms = has_backward, with_comms
         self.custom_functions, self.rebuild_order = custom_functions or {}, rebuild_order
         self.record_timeline = False
         self.steps: list[dict[str, Any]] = []
@@ -79,9 +86,9 @@ class FakeRuntime:
             return FakeResult(None, [])
         outputs = [2 * args[0] if args else torch.zeros(1) for args in arg_mbs]
         losses = []
-        if self.loss_fn is not None and target_mbs is not None:
+        if how["loss_fn"] is not None and target_mbs is not None:
             pairs = zip(outputs, target_mbs, strict=True)
-            losses = [self.loss_fn(o, t, **(how["loss_kwargs"] or {})).detach() for o, t in pairs]
+            losses = [how["loss_fn"](o, t, **(how["loss_kwargs"] or {})).detach() for o, t in pairs]
         return FakeResult(outputs if how["return_outputs"] else None, losses)
 
     def over(self) -> bool:

@@ -77,7 +77,8 @@ class View(nn.Module):
         self.linear = nn.Linear(WIDTH, WIDTH + 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)[:, 1:-1].unflatten(1, (2, -1)).flatten(1)
+        # A view that is not dense arrives contiguous, and some processors' products sum the two in other orders.
+        return self.linear(x.contiguous())[:, 1:-1].unflatten(1, (2, -1)).flatten(1)
 
 
 def views(num_stages: int) -> Example:

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pp_runtime.data_parallel import ReplicatedAdapter, ShardedAdapter, adapter_for, scale_gradients
+from pp_runtime.data_parallel import ReplicatedAdapter, ShardedAdapter, adapter_for
+from pp_runtime.gradients import scale_gradients
 
 
 @pytest.fixture(scope="module")

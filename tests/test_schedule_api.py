@@ -70,11 +70,17 @@ def test_custom_reduction_scales_for_itself() -> None:
     assert schedule._stage.scaled == []
 
 
-def test_nothing_of_a_step_stays() -> None:
+def test_the_programs_list_of_output_chunks_is_kept_and_holds_the_last_steps_outputs() -> None:
     schedule = one_rank()
-    x = torch.randn(4, 3)
-    output = weakref.ref(schedule.step(x, target=x))
-    assert output() is None and schedule._stage.output_chunks == []
+    chunks: list[torch.Tensor] = [torch.zeros(1)]
+    schedule._stage.output_chunks = chunks
+    for run in (schedule.step, schedule.eval):
+        x = torch.randn(4, 3)
+        output = weakref.ref(run(x, target=x))
+        assert output() is None and schedule._stage.output_chunks is chunks
+        assert torch.equal(torch.cat(chunks), 2 * x)
+    schedule.step(x, target=x, return_outputs=False)
+    assert chunks == []
 
 
 def test_outputs_can_be_left_out() -> None:

@@ -103,6 +103,14 @@ void WeightHalf::absorb(WeightHalf&& other) {
   std::move(other.roots_.grads.begin(), other.roots_.grads.end(), std::back_inserter(roots_.grads));
 }
 
+edge_list WeightHalf::edges() const {
+  edge_list edges = roots_.edges;
+  for (const auto& half : halves_) {
+    edges.emplace_back(half, 0);
+  }
+  return edges;
+}
+
 std::unique_ptr<WeightHalf> input_backward(Roots roots, const std::vector<NodePtr>& input_nodes) {
   GraphSplitter splitter;
   for (const NodePtr& node : input_nodes) {

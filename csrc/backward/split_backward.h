@@ -26,6 +26,9 @@ class WeightHalf {
   /// Takes over what another half has to do.
   void absorb(WeightHalf&& other);
 
+  /// Where its graph begins.
+  torch::autograd::edge_list edges() const;
+
  private:
   std::vector<c10::intrusive_ptr<HalfNode>> halves_;
   Roots roots_;

@@ -318,7 +318,11 @@ Message C10dReceiveChannel::receive() {
   MessageSpec spec = MessageSpec::decode(description, head.description_bytes);
   const size_t needed = payload_at(head.description_bytes) + spec.payload_bytes;
   block_size_.saw(head.carries_inside != 0 ? needed : 0);
-  Message message{.frame = spec.frame, .tensors = {}, .requires_grad = {}, .structure = std::move(spec.structure)};
+  Message message{.frame = spec.frame,
+                  .tensors = {},
+                  .requires_grad = {},
+                  .structure = std::move(spec.structure),
+                  .wrappings = std::move(spec.wrappings)};
   for (const TensorSpec& tensor : spec.tensors) {
     message.requires_grad.push_back(static_cast<uint8_t>(tensor.requires_grad));
   }

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from pp_runtime.deadline import checked_deadline, default_deadline
 from pp_runtime.errors import PipelineModeError, PipelineTypeError, PipelineUsageError
-from pp_runtime.ir import FORWARD, REDUCE_GRAD
+from pp_runtime.gradients import StepGradients
+from pp_runtime.ir import FORWARD, REDUCE_GRAD, ActionType
 from pp_runtime.microbatch import TensorChunkSpec
 from pp_runtime.schedules.batches import BatchHandling
 from pp_runtime.schedules.checks import check_chunk_spec, check_loss_function, check_microbatch_count
-from pp_runtime.schedules.custom_context import _PipelineContext, backwards_before_each_action
+from pp_runtime.schedules.custom_context import CurrentStep, _PipelineContext, backwards_before_each_action
 from pp_runtime.schedules.custom_functions import CustomFunctions
 from pp_runtime.schedules.order_holder import OrderHolder, has_backwards
+from pp_runtime.schedules.replaced_methods import method_handlers, modules_of
+from pp_runtime.tied import ties_of
 
 if TYPE_CHECKING:
+    from pp_runtime.lowering import MethodHandler
     from pp_runtime.memory_report import MemoryReport, Signature
     from pp_runtime.runtime import Runtime
     from pp_runtime.stage import _PipelineStageBase
@@ -104,8 +109,7 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
         last_stage = self._last_stage()
         if last_stage is None or not return_outputs:
             return None
-        outputs, last_stage.output_chunks = last_stage.output_chunks, []
-        return self._merge_outputs(outputs)
+        return self._merge_outputs(last_stage.output_chunks)
 
     def eval(self, *args: Any, target: Any = None, losses: list | None = None, **kwargs: Any) -> Any:
         """Run one batch forward only. Arguments and result are those of ``step``; the target may be left out."""
@@ -129,38 +133,81 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
         arg_mbs, kwarg_mbs = self._check_inputs(arg_mbs, kwarg_mbs, target_mbs, losses)
         for stage in self._stages:
             stage.has_backward = self._has_backward
+            stage.chunks = self._n_microbatches
+            stage.output_chunks.clear()
+            stage._reset_caches()
+            stage._loss_modules = modules_of(self._loss_fn) if stage.is_last and self._has_backward else ()
+            stage.refresh()
         runtime = self._ensure_runtime()
         training = self._has_backward and self._order_has_backward
         self._begin_custom_step()
-        for stage in self._stages:
-            stage.output_chunks = []
+        gradients = self._gradients_of_step() if training else None
         self._current_step.context = _PipelineContext(self, arg_mbs, kwarg_mbs, target_mbs, losses)
+        self._current_step.return_outputs, self._current_step.loss_kwargs = return_outputs, loss_kwargs
         try:
+            if gradients is not None:
+                gradients.begin()
             result = runtime.step(
                 arg_mbs,
                 kwarg_mbs,
                 target_mbs,
                 training=training,
+                loss_fn=self._loss_to_run(),
                 return_outputs=return_outputs,
                 loss_kwargs=loss_kwargs,
             )
+            if gradients is not None:
+                self._finish_gradients(gradients)
             step_losses = self._all_losses(result.losses)
         finally:
+            if gradients is not None:
+                gradients.close()
             self._end_custom_step()
             if runtime.over():
                 self._runtime = None  # a failed step ends its runtime on every rank
         self._forget_order()
         if not training:
             self._free_gathered_weights()
-        elif self.scale_grads and REDUCE_GRAD not in self._comp_type_to_function_map:
-            for stage in self._stages:
-                stage.scale_grads(self._n_microbatches)
         last_stage = self._last_stage()
         if last_stage is None:
             return
-        last_stage.output_chunks = self._all_outputs(result.outputs, last_stage.output_chunks) if return_outputs else []
+        chunks = last_stage.output_chunks
+        chunks[:] = self._all_outputs(result.outputs, chunks[:]) if return_outputs else []
         if losses is not None:
             losses[:] = step_losses
+
+    def _gradients_of_step(self) -> StepGradients | None:
+        """What tells the gradients of this step from those of steps before; None where nobody needs to."""
+        divides = self.scale_grads and self._n_microbatches > 1
+        if divides or REDUCE_GRAD in self._comp_type_to_function_map or any(map(ties_of, self._stages)):
+            return StepGradients(self._stages)
+        return None
+
+    def _finish_gradients(self, gradients: StepGradients) -> None:
+        divisor = self._n_microbatches if self.scale_grads else 1
+        if REDUCE_GRAD not in self._comp_type_to_function_map:
+            for stage in self._stages:
+                if "scale_grads" in stage.replaced():
+                    stage.scale_grads(divisor)
+        gradients.end(divisor)
+
+    def _loss_to_run(self) -> Callable[..., torch.Tensor] | None:
+        """The loss function, or this schedule's own way to compute the loss where a program replaced that."""
+        if self._loss_fn is None or not self._replaces("_compute_loss"):
+            return self._loss_fn
+        step = self._current_step
+
+        def compute_loss(output: Any, target: Any, **loss_kwargs: Any) -> Any:
+            assert step.context is not None
+            compute = step.context.schedule_ref._compute_loss
+            return compute(output, target, loss_kwargs) if loss_kwargs else compute(output, target)
+
+        return compute_loss
+
+    def _replaces(self, *names: str) -> bool:
+        return any(
+            name in self.__dict__ or getattr(type(self), name) is not getattr(CustomFunctions, name) for name in names
+        )
 
     def _free_gathered_weights(self) -> None:
         # A backward would do this; without one, the weights gathered for a forward would outlive their next change.
@@ -183,11 +230,11 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
                 order,
                 self._placement,
                 self._n_microbatches,
-                self._loss_fn,
                 has_backward=self._loss_fn is not None and self._order_has_backward,
                 with_comms=with_comms,
                 custom_functions=self._handlers(),
                 rebuild_order=self._rebuild,
+                method_handlers=partial(_methods_of, self._current_step),
             )
             self._runtime.record_timeline = self._record_timeline
             self._runtime.deadline = self._deadline
@@ -269,3 +316,14 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
         meta device do. The report is then of all ranks. Without it, it is of this rank, as its first step had it.
         """
         return self._ensure_runtime().memory_report(signature, torch_keeps_sent=self._order_name != "1F1B")
+
+
+def _methods_of(
+    step: CurrentStep, stage: _PipelineStageBase, replaced: frozenset[str]
+) -> Mapping[ActionType, MethodHandler]:
+    # Holds the step and not the schedule: a schedule that its user drops is freed at once.
+    schedule = None if step.context is None else step.context.schedule_ref
+    computes_loss = (
+        stage.is_last and schedule is not None and schedule._replaces("_maybe_compute_loss", "_maybe_get_loss")
+    )
+    return method_handlers(step, stage, replaced, computes_loss=computes_loss)

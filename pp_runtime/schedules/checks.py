@@ -42,6 +42,7 @@ def check_stage(stage: Any) -> _PipelineStageBase:
     from pp_runtime.stage import _PipelineStageBase
 
     if isinstance(stage, _PipelineStageBase):
+        stage.replaced(in_step=False)  # refuses what would be passed over
         return stage
     if isinstance(stage, (list, tuple)):
         raise PipelineTypeError(

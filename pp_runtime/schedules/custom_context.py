@@ -63,6 +63,8 @@ class CurrentStep:
 
     def __init__(self) -> None:
         self.context: _PipelineContext | None = None
+        self.return_outputs = True
+        self.loss_kwargs: dict[str, Any] | None = None
         self.backwards_before: dict[Action, Counter[int]] = {}
         self.backward_counter: Counter[int] = Counter()
 

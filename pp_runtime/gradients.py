@@ -1,0 +1,120 @@
+"""What a step adds to gradients, told from what they held before it.
+
+    before  p.grad = g                       of earlier steps that were not zeroed
+    begin   p.grad = None, g is set aside
+    step    p.grad = g0 + g1 + g2 + g3       the microbatches', reduced over data-parallel ranks
+    end     p.grad = g + (g0 + g1 + g2 + g3) / 4
+
+Each parameter is scaled once, whichever stages share it. Parameters of the stages and of the loss function are known
+beforehand; other leaves of the graph (inputs that require gradients, modules that nobody registered) are found in it.
+While a step adds to gradients that were not zeroed, both are in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import _C
+from .special_tensors import is_dtensor, local_part
+
+if TYPE_CHECKING:
+    from .stage import _PipelineStageBase
+
+
+class StepGradients:
+    """The gradients of one step on this rank."""
+
+    def __init__(self, stages: Sequence[_PipelineStageBase]) -> None:
+        self._stages = stages
+        self._parameters: dict[int, torch.Tensor] = {}
+        self._shared: set[int] = set()
+        self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._in_buffers: set[int] = set()
+        self._scaled: set[int] = set()
+        for stage in stages:
+            adapter = stage.adapter()
+            if adapter is not None:
+                adapter.reshard()  # the parameters that an optimizer has, not the gathered ones
+            in_buffers = adapter is not None and adapter.keeps_gradients()
+            for parameter in _parameters(stage.modules()):
+                key = id(parameter)
+                if key in self._parameters:
+                    self._shared.add(key)
+                self._parameters[key] = parameter
+                if in_buffers:
+                    self._in_buffers.add(key)
+
+    def begin(self) -> None:
+        """Set aside what the gradients hold, and look for other leaves from now on."""
+        for key, parameter in self._parameters.items():
+            gradient = parameter.grad
+            if gradient is not None:
+                self._before[key] = (parameter, gradient.clone() if key in self._in_buffers else gradient)
+                parameter.grad = None
+        leaves = _C.StepLeaves(list(self._parameters.values()))
+        for stage in self._stages:
+            stage._core.follow_leaves(leaves)
+            stage._gradients = self
+        self._leaves = leaves
+
+    def end(self, divisor: int) -> None:
+        """Divide what was added and not scaled yet, then add what was set aside. 1 leaves the sums as they are."""
+        for leaf, gradient in self._leaves.take():
+            self._parameters[id(leaf)] = leaf
+            if gradient is not None:
+                self._before[id(leaf)] = (leaf, gradient)
+        self._shared.clear()
+        self.scale(self._parameters.values(), divisor)
+        with torch.no_grad():
+            for key, (parameter, before) in self._before.items():
+                _put_back(parameter, before, in_buffer=key in self._in_buffers)
+
+    def close(self) -> None:
+        """Look for leaves no more; in a step that failed, all else is dropped."""
+        for stage in self._stages:
+            stage._core.follow_leaves(None)
+            stage._gradients = None
+
+    def scale(self, parameters: Iterable[torch.Tensor], divisor: int) -> None:
+        """Divide what these have so far, each parameter once a step; one that stages share waits for the step's end."""
+        fresh = {id(p): p for p in parameters if id(p) not in self._scaled and id(p) not in self._shared}
+        self._scaled.update(fresh)
+        scale_gradients(fresh.values(), divisor)
+
+
+def scale_gradients(parameters: Iterable[torch.Tensor], divisor: int) -> None:
+    """Divide all gradients, those of plain tensors in one fused call. ``divisor`` 1 leaves them as they are."""
+    if divisor == 1:
+        return
+    plain: list[torch.Tensor] = []
+    with torch.no_grad():
+        for parameter in parameters:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if is_dtensor(gradient):
+                gradient = local_part(gradient)  # a division commutes with every placement
+            if type(gradient) is torch.Tensor and gradient.layout is torch.strided:
+                plain.append(gradient)
+            else:
+                gradient.div_(divisor)
+        if plain:
+            torch._foreach_div_(plain, divisor)
+
+
+def _put_back(parameter: torch.Tensor, before: torch.Tensor, *, in_buffer: bool) -> None:
+    added = parameter.grad
+    if added is None:
+        parameter.grad = before
+    elif in_buffer or (before.is_sparse and not added.is_sparse):
+        added.add_(before)
+    else:
+        # In place, for programs that hold the gradients themselves.
+        parameter.grad = before.add_(added)
+
+
+def _parameters(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Parameter]:
+    return [parameter for module in modules for parameter in module.parameters()]

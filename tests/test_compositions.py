@@ -1,0 +1,177 @@
+"""Every schedule with every way to wrap its stages, with gradients scaled, summed and accumulated: the plain model's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests import api, ranks, reference
+from tests.pipelines import EVERY_SCHEDULE, held_by, make_schedule, make_stages, stages_allowed
+
+pytestmark = api.ours_only("reduces once a microbatch, scales twice, or refuses the mixture")
+
+MICROBATCHES, ROWS, WIDTH = 4, 8, 8
+WARM = "torch.distributed.fsdp torch.distributed.tensor.parallel torch.distributed._composable.replicate"
+SCALINGS = ["scaled", "summed", "accumulated"]
+
+
+class Part(nn.Module):
+    """Two layers that tensor parallelism may split, and a norm that it leaves alone."""
+
+    def __init__(self, norm: bool = True) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH) if norm else nn.Identity()
+        self.up = nn.Linear(WIDTH, 2 * WIDTH)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(self.norm(x))))
+
+
+def _ddp(module: nn.Module, mesh: Any, **options: Any) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(module, process_group=mesh["data"].get_group(), **options)
+
+
+def _fsdp(module: nn.Module, mesh: Any) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(module.up, mesh=mesh["data"])
+    return fully_shard(module, mesh=mesh["data"])
+
+
+def _fsdp_blocks(module: nn.Module, mesh: Any) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(module.up, mesh=mesh["data"])
+    fully_shard(module.down, mesh=mesh["data"])
+    return module
+
+
+def _replicate(module: nn.Module, mesh: Any) -> nn.Module:
+    from torch.distributed._composable.replicate import replicate
+
+    return replicate(module, process_group=mesh["data"].get_group())
+
+
+def _replicate_fsdp(module: nn.Module, mesh: Any) -> nn.Module:
+    from torch.distributed._composable.replicate_with_fsdp import replicate
+
+    return replicate(module, mesh=mesh["data"])
+
+
+def _tensor_parallel(module: nn.Module, mesh: Any, *, local: bool = True) -> nn.Module:
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel(use_local_output=local)}
+    return parallelize_module(module, mesh["tensor"], plan)
+
+
+def _dtensors(module: nn.Module, mesh: Any) -> nn.Module:
+    return _tensor_parallel(module, mesh, local=False)
+
+
+def _fsdp_and_tensor_parallel(module: nn.Module, mesh: Any) -> nn.Module:
+    return _fsdp(_tensor_parallel(module, mesh), mesh)
+
+
+# name -> (how a stage's module is wrapped, the ranks of a pipeline stage that hold data and tensor shards, when)
+KINDS: dict[str, tuple[Callable[..., nn.Module] | None, tuple[int, int], str]] = {
+    "plain": (None, (2, 1), "before"),
+    "DDP": (_ddp, (2, 1), "before"),
+    "DDP, after": (_ddp, (2, 1), "after"),
+    "DDP, views": (lambda m, mesh: _ddp(m, mesh, gradient_as_bucket_view=True), (2, 1), "before"),
+    "DDP, unused": (lambda m, mesh: _ddp(m, mesh, find_unused_parameters=True), (2, 1), "after"),
+    "FSDP2, before": (_fsdp, (2, 1), "before"),
+    "FSDP2, after": (_fsdp, (2, 1), "after"),
+    "FSDP2 of the blocks, after": (_fsdp_blocks, (2, 1), "after"),
+    "replicate, before": (_replicate, (2, 1), "before"),
+    "replicate, after": (_replicate, (2, 1), "after"),
+    "replicate of FSDP2, after": (_replicate_fsdp, (2, 1), "after"),
+    "TP": (_tensor_parallel, (1, 2), "after"),
+    "TP, DTensors between": (_dtensors, (1, 2), "before"),
+    "FSDP2 + TP": (_fsdp_and_tensor_parallel, (1, 2), "after"),
+}
+
+
+def _loss(output: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(output.to_local() if hasattr(output, "to_local") else output, target)
+
+
+def _whole(value: Any) -> Any:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def _compare(rank: int, schedule_name: str, kind: str, scaling: str) -> list[str]:
+    """Train two steps; what differs from the plain model on all of the data."""
+    wrap, (data, tensor), when = KINDS[kind]
+    mesh = dist.init_device_mesh("cpu", (2, data, tensor), mesh_dim_names=("pipeline", "data", "tensor"))
+    place, replica, _ = mesh.get_coordinate()
+    reduced = data if wrap is not None else 1
+    stages_per_rank = stages_allowed(schedule_name, 2)[-1]
+    num_stages = 2 * stages_per_rank
+    torch.manual_seed(1)
+    plain = [Part(norm=kind != "TP, DTensors between") for _ in range(num_stages)]
+    piped = {index: copy.deepcopy(plain[index]) for index in held_by(place, schedule_name, 2, stages_per_rank)}
+    if wrap is not None and when == "before":
+        piped = {index: wrap(module, mesh) for index, module in piped.items()}
+    stages = make_stages(piped, num_stages, mesh["pipeline"].get_group())
+    scale = scaling != "summed"
+    schedule = make_schedule(schedule_name, stages, MICROBATCHES, _loss, scale_grads=scale)
+    if wrap is not None and when == "after":
+        for stage in stages:
+            stage.submod = wrap(stage.submod, mesh)
+    expected: list[Tensor | None] = []
+    found: list[str] = []
+    for number in range(2):
+        if scaling != "accumulated":
+            for stage in stages:
+                stage.submod.zero_grad()
+        of_replica = []
+        for other in range(reduced):
+            batch = _batch(10 * number + (other if wrap is not None else replica))
+            reference.train_step(plain, batch, F.mse_loss, MICROBATCHES, scale=scale)
+            of_replica.append([p.grad for module in plain for p in module.parameters()])
+        mean = [sum(each) / reduced for each in zip(*of_replica, strict=True)]
+        expected = (
+            [a + b for a, b in zip(expected, mean, strict=True)] if expected and scaling == "accumulated" else mean
+        )
+        batch = _batch(10 * number + replica)
+        args = batch.args if 0 in piped else ()
+        target = {"target": batch.target} if num_stages - 1 in piped else {}
+        schedule.step(*args, **target)
+        names = [(index, name) for index, module in enumerate(plain) for name, _ in module.named_parameters()]
+        wanted = dict(zip(names, expected, strict=True))
+        for stage in stages:
+            bare = [name for name, _ in plain[stage.stage_index].named_parameters()]
+            for name, parameter in zip(bare, stage.submod.parameters(), strict=True):
+                got, where = _whole(parameter.grad), f"{schedule_name}, {kind}, {scaling}: step {number}, {name}"
+                if kind.startswith("FSDP2 of the blocks") and "norm" in name:
+                    continue  # nobody reduces it
+                found += reference.differences(
+                    f"{where} of stage {stage.stage_index}", got, wanted[stage.stage_index, name], exact=False
+                )
+    return found
+
+
+def _batch(seed: int) -> reference.Batch:
+    generator = torch.Generator().manual_seed(seed)
+    return reference.Batch(
+        (torch.randn(ROWS, WIDTH, generator=generator),), torch.randn(ROWS, WIDTH, generator=generator)
+    )
+
+
+def _compare_all(rank: int, schedule: str, kinds: list[str]) -> list[str]:
+    return [line for kind in kinds for scaling in SCALINGS for line in _compare(rank, schedule, kind, scaling)[:3]]
+
+
+@pytest.mark.parametrize("schedule", EVERY_SCHEDULE)
+def test_gradients_are_the_plain_models(schedule: str) -> None:
+    results = ranks.run(_compare_all, 4, timeout=110, schedule=schedule, kinds=list(KINDS))
+    assert results == [[]] * 4, "\n".join(line for result in results for line in result)
