@@ -193,6 +193,9 @@ class Runtime:
     def _begin(self) -> None:
         if self._over:
             raise PipelineModeError("an earlier step of this schedule failed: make a new schedule")
+        if self._agreement is None:
+            # First, so that whatever fails from here on can be told to the other ranks.
+            self._agreement = Agreement(self._group, self._deadline)
         for stage in self._stages:
             stage.refresh()
         replaced = [stage.replaced() for stage in self._stages]
@@ -203,8 +206,8 @@ class Runtime:
             self._open()
 
     def _open(self) -> None:
-        if self._agreement is None:
-            self._agreement = Agreement(self._group, self._deadline)
+        assert self._agreement is not None
+        if self._channels is None:
             self._check_claims(self._agreement)
         handlers = self._handlers()
         programs = {

@@ -1,9 +1,11 @@
-"""Every schedule with every way to wrap its stages, with gradients scaled, summed and accumulated: the plain model's."""
+"""Every schedule with every way to wrap its stages: gradients scaled, summed and accumulated, the plain model's."""
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import api, ranks, reference
 from tests.pipelines import EVERY_SCHEDULE, held_by, make_schedule, make_stages, stages_allowed
@@ -39,10 +42,10 @@ def _ddp(module: nn.Module, mesh: Any, **options: Any) -> nn.Module:
     return nn.parallel.DistributedDataParallel(module, process_group=mesh["data"].get_group(), **options)
 
 
-def _fsdp(module: nn.Module, mesh: Any) -> nn.Module:
+def _fsdp(module: nn.Module, mesh: Any, **options: Any) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
-    fully_shard(module.up, mesh=mesh["data"])
+    fully_shard(module.up, mesh=mesh["data"], **options)
     return fully_shard(module, mesh=mesh["data"])
 
 
@@ -175,3 +178,55 @@ def _compare_all(rank: int, schedule: str, kinds: list[str]) -> list[str]:
 def test_gradients_are_the_plain_models(schedule: str) -> None:
     results = ranks.run(_compare_all, 4, timeout=110, schedule=schedule, kinds=list(KINDS))
     assert results == [[]] * 4, "\n".join(line for result in results for line in result)
+
+
+class _Collectives(TorchDispatchMode):
+    """Counts the collectives that this thread begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.counts[func._schema.name.split("::")[1]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _count(rank: int, schedules: list[str], kinds: list[str]) -> list[str]:
+    """How many collectives a step has; each stage gathers once, and reduces once."""
+    found = []
+    for name in schedules:
+        for kind in kinds:
+            wrap: Any = KINDS[kind][0]
+            if wrap is _fsdp:
+                wrap = partial(
+                    _fsdp, reshard_after_forward=False
+                )  # else FSDP gathers for every forward, as it was told
+            mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("pipeline", "data"))
+            place = mesh.get_coordinate()[0]
+            per_rank = stages_allowed(name, 2)[-1]
+            modules = {index: Part() for index in held_by(place, name, 2, per_rank)}
+            stages = make_stages(modules, 2 * per_rank, mesh["pipeline"].get_group())
+            schedule = make_schedule(name, stages, MICROBATCHES, _loss)
+            for stage in stages:
+                stage.submod = wrap(stage.submod, mesh)
+            batch = _batch(0)
+            for step in range(3):
+                with _Collectives() as got:
+                    schedule.step(
+                        *(batch.args if 0 in modules else ()),
+                        **({"target": batch.target} if 2 * per_rank - 1 in modules else {}),
+                    )
+                groups = 2 * per_rank  # two groups of parameters a stage
+                wanted = {"_allgather_base_": groups, "_reduce_scatter_base_": groups}
+                if kind.startswith(("DDP", "replicate")):
+                    wanted = {"allreduce_": per_rank}
+                if {key: got.counts[key] for key in wanted} != wanted:
+                    found.append(f"{name}, {kind}, step {step}: {got.counts}, not {wanted}")
+    return found
+
+
+def test_each_stage_gathers_once_and_reduces_once_a_step() -> None:
+    kinds = ["FSDP2, after", "DDP, after", "replicate, after"]
+    assert ranks.run(_count, 4, schedules=EVERY_SCHEDULE, kinds=kinds) == [[]] * 4

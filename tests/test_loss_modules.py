@@ -1,4 +1,4 @@
-"""Losses that train: a loss function that is a module, one that runs the model's head itself, leaves among the inputs."""
+"""Losses that train: one that is a module, one that runs the model's head itself; and leaves among the inputs."""
 
 from __future__ import annotations
 
@@ -158,6 +158,10 @@ class _Prompted(nn.Module):
         return x if prompt is None else x + prompt
 
 
+def _closure(loss: nn.Module) -> Any:
+    return lambda output, target: loss(output, target)
+
+
 def _train_losses(rank: int, schedules: list[str], kind: str) -> list[str]:
     """Two steps without zeroing between them, so that a division too many or too few shows."""
     found = []
@@ -168,9 +172,12 @@ def _train_losses(rank: int, schedules: list[str], kind: str) -> list[str]:
         plain_loss, plain_prompt = HeadedLoss(), torch.randn(WIDTH, requires_grad=True)
         modules = {index: copy.deepcopy(plain[index]) for index in held_by(rank, name, 2, per_rank)}
         headed, prompt = copy.deepcopy(plain_loss), plain_prompt.detach().clone().requires_grad_()
-        loss_fn: Any = {"module": headed, "method": headed.forward, "partial": partial(headed)}.get(kind)
-        if kind == "closure":
-            loss_fn = lambda output, target: headed(output, target)  # noqa: E731
+        loss_fn: Any = {
+            "module": headed,
+            "method": headed.forward,
+            "partial": partial(headed),
+            "closure": _closure(headed),
+        }[kind]
         stages = make_stages(modules, len(plain), None)
         schedule = make_schedule(name, stages, MICROBATCHES, loss_fn)
         for step in range(2):
