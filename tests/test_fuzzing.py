@@ -77,7 +77,7 @@ def test_every_number_of_an_instruction_has_its_bounds() -> None:
     send, receive, hand, call = 4, 5, 8, 10
     good = [0, 3, 1, 2, 0, 0, 0]
     _executor(good)
-    for place, value in [(0, -1), (0, 11), (1, 4), (2, 2), (2, -1), (3, 3), (3, -1)]:
+    for place, value in [(0, -1), (0, 11), (1, 8), (2, 2), (2, -1), (3, 3), (3, -1)]:
         with pytest.raises(ValueError, match="instruction 0 has"):
             _executor([*good[:place], value, *good[place + 1 :]])
     for numbers in (
@@ -99,17 +99,28 @@ _FLOAT, _STRIDED = 6, 1
 
 
 def _description(
-    tensors: list[tuple[int, ...]], count: int | None = None, structure: bytes = b"", said: int | None = None
+    tensors: list[tuple[int, ...]],
+    count: int | None = None,
+    structure: bytes = b"",
+    said: int | None = None,
+    wrappings: bytes = b"",
+    wrappings_said: int | None = None,
 ) -> bytes:
     """As csrc/message.cpp writes one; a tensor is (dtype, strided, sizes and strides...)."""
     head = struct.pack(
-        "<QIIII", 1, 0, 1, len(tensors) if count is None else count, len(structure) if said is None else said
+        "<QIIIII4x",
+        1,
+        0,
+        1,
+        len(tensors) if count is None else count,
+        len(structure) if said is None else said,
+        len(wrappings) if wrappings_said is None else wrappings_said,
     )
     body = b""
     for dtype, strided, *numbers in tensors:
         dimensions = len(numbers) // 2 if strided else len(numbers)
         body += struct.pack("<5B", 1, 0, dtype, dimensions, strided) + struct.pack(f"<{len(numbers)}q", *numbers)
-    return head + body + structure
+    return head + body + structure + wrappings
 
 
 def test_a_description_is_read_as_it_was_written() -> None:
@@ -131,6 +142,7 @@ def test_a_description_is_read_as_it_was_written() -> None:
         _description([(200, 0, 2)]),
         _description([(_FLOAT, 0)], count=2**32 - 1),
         _description([(_FLOAT, 0, 2)], structure=b"ab", said=3),
+        _description([(_FLOAT, 0, 2)], wrappings=b"ab", wrappings_said=2**32 - 1),
         _description([(_FLOAT, _STRIDED, 2, 3, 1, 3)]),
         _description([(_FLOAT, _STRIDED, 2, 3, 2, 2**62)]),
         _description([(_FLOAT, _STRIDED, 0, 3, 1, 0)]),

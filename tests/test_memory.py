@@ -84,8 +84,12 @@ def test_a_neighbour_on_the_same_rank_gets_the_output_itself() -> None:
 def _accumulate(rank: int) -> None:
     modules, _ = _watch(rank)
     for module in modules.values():
-        assert len(module.gradients) == 2 * MICROBATCHES
-        assert len(set(module.gradients)) == 1  # the second step's gradients too are added to the first's
+        first, second = module.gradients[:MICROBATCHES], module.gradients[MICROBATCHES:]
+        assert len(first) == len(second) == MICROBATCHES
+        assert len(set(first)) == len(set(second)) == 1
+        # What the second step added is divided by itself, then added to the first step's, in its place.
+        parameter = module.linear.weight
+        assert parameter.grad is not None and parameter.grad.data_ptr() == first[0]
 
 
 def test_gradients_accumulate_in_place() -> None:
