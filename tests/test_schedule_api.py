@@ -25,6 +25,7 @@ from pp_runtime.schedules import (
     _PipelineScheduleRuntime,
     _ScheduleForwardOnly,
     _wait_batch_p2p,
+    get_schedule_class,
 )
 from tests.fakes import FakeRuntime, FakeStage, stages_of_rank, use_fake_runtime
 
@@ -98,6 +99,52 @@ def test_output_merge_spec_merges() -> None:
     schedule = one_rank(2, None, args_chunk_spec=(TensorChunkSpec(1),), output_merge_spec=TensorChunkSpec(1))
     x = torch.randn(3, 4)
     assert torch.equal(schedule.step(x), 2 * x)
+
+
+@pytest.mark.parametrize("name", ["GPipe", "LoopedBFS", "Interleaved1F1B", "Auto", "PipelineScheduleMulti"])
+def test_every_schedule_cuts_targets_by_its_spec(name: str) -> None:
+    kind = get_schedule_class(name)
+    stages = FakeStage(0, 1) if name == "GPipe" else [FakeStage(0, 1)]
+    schedule = kind(stages, 2, mse, target_chunk_spec={"y": TensorChunkSpec(1), "weight": _Replicate()})
+    target = {"y": torch.randn(3, 5), "weight": torch.ones(7)}
+    first, second = schedule._split_target(target)
+    assert first["y"].shape == (3, 3) and second["y"].shape == (3, 2) and second["weight"] is target["weight"]
+
+
+def test_one_spec_is_for_every_tensor_of_a_target() -> None:
+    schedule = one_rank(2, target_chunk_spec=TensorChunkSpec(1))
+    pieces = schedule._split_target((torch.zeros(3, 4), [torch.zeros(1, 2, 2), torch.tensor(1.0), "name"]))
+    assert [piece[0].shape for piece in pieces] == [(3, 2), (3, 2)]
+    assert [tuple(piece[1][0].shape) for piece in pieces] == [(1, 1, 2)] * 2 and pieces[1][1][2] == "name"
+    assert pieces[1][1][1] == 1.0
+
+
+def test_a_target_that_cannot_be_cut_is_named() -> None:
+    with pytest.raises(PipelineUsageError, match=r"target\['w'\], a tensor of shape \(3,\), .*target_chunk_spec"):
+        one_rank().step(torch.randn(8, 3), target={"y": torch.randn(8, 3), "w": torch.randn(3)})
+    with pytest.raises(PipelineUsageError, match="target, a tensor.* no dimension 2 to cut.* target_chunk_spec"):
+        one_rank(target_chunk_spec=TensorChunkSpec(2)).step(torch.randn(8, 3), target=torch.randn(8, 3))
+
+
+def test_a_keyword_input_of_batch_1_goes_whole_to_every_microbatch() -> None:
+    position_ids = torch.arange(3)[None]
+    for schedule, x in ((one_rank(), torch.randn(8, 3)), (Schedule1F1B(FakeStage(1, 3, 1, 3), 4, mse), None)):
+        schedule.step(*([] if x is None else [x]), target=x, position_ids=position_ids)
+        assert all(kwargs["position_ids"] is position_ids for kwargs in FakeRuntime.made[-1].steps[0]["kwargs"])
+
+
+def test_a_batch_that_is_1_is_not_taken_for_several_microbatches() -> None:
+    x = torch.randn(1, 3)
+    for inputs, keyword in (((x,), {"position_ids": x}), ((), {"x": x, "position_ids": x})):
+        with pytest.raises(PipelineUsageError, match="batch of 1"):
+            one_rank(loss_fn=None).step(*inputs, **keyword)
+    with pytest.raises(PipelineUsageError, match=r"args\[0\].*batch of 8.*args_chunk_spec"):
+        one_rank(loss_fn=None).step(x, mask=torch.randn(8, 3))
+
+
+def test_a_keyword_input_that_cannot_be_cut_is_named() -> None:
+    with pytest.raises(PipelineUsageError, match=r"kwargs\['mask'\], a tensor of shape \(2, 3\), .* kwargs_chunk_spec"):
+        one_rank(loss_fn=None).step(torch.randn(8, 3), mask=torch.randn(2, 3), other=torch.randn(8))
 
 
 def test_microbatches_may_come_already_cut() -> None:
@@ -290,6 +337,10 @@ def parameters_of(kind: Any) -> list[tuple[str, Any, Any]]:
     return [(p.name, p.kind, p.default) for p in inspect.signature(kind).parameters.values()]
 
 
+def without_our_own(parameters: list[tuple[str, Any, Any]]) -> list[tuple[str, Any, Any]]:
+    return [parameter for parameter in parameters if parameter[0] != "target_chunk_spec"]
+
+
 def test_constructors_and_methods_have_torchs_signatures() -> None:
     import torch.distributed.pipelining.schedules as theirs
 
@@ -299,7 +350,9 @@ def test_constructors_and_methods_have_torchs_signatures() -> None:
     assert len(names) >= 10
     for name in names:
         mine, torchs = getattr(ours, name), getattr(theirs, name)
-        assert parameters_of(mine.__init__) == parameters_of(torchs.__init__), name
+        assert without_our_own(parameters_of(mine.__init__)) == parameters_of(torchs.__init__), name
+        if mine is not _PipelineScheduleRuntime:
+            assert ("target_chunk_spec", inspect.Parameter.KEYWORD_ONLY, None) in parameters_of(mine.__init__), name
         assert parameters_of(mine.eval) == parameters_of(torchs.eval), name
         assert set(parameters_of(torchs.step)) <= set(parameters_of(mine.step)), name
     assert parameters_of(ours.get_schedule_class) == parameters_of(theirs.get_schedule_class)

@@ -45,6 +45,8 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
         kwargs_chunk_spec: dict[str, TensorChunkSpec] | None = None,
         output_merge_spec: dict[str, Any] | tuple[Any] | None = None,
         scale_grads: bool = True,
+        *,
+        target_chunk_spec: Any = None,
     ) -> None:
         super().__init__()
         self._n_microbatches = check_microbatch_count(n_microbatches)
@@ -55,6 +57,8 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
         self._kwargs_chunk_spec = check_chunk_spec(
             kwargs_chunk_spec, "kwargs_chunk_spec", (dict,), "{'mask': TensorChunkSpec(0)}"
         )
+        # In the structure of the target, or one spec for all of it; None cuts along dimension 0.
+        self._target_chunk_spec = target_chunk_spec
         self._output_merge_spec = output_merge_spec
         # True divides the summed gradients by the number of microbatches, which suits a loss that averages over rows.
         self.scale_grads = scale_grads

@@ -37,8 +37,18 @@ class PipelineScheduleMulti(_PipelineSchedule):
         use_full_backward: bool | None = None,
         scale_grads: bool = True,
         backward_requires_autograd: bool = True,
+        *,
+        target_chunk_spec: Any = None,
     ) -> None:
-        super().__init__(n_microbatches, loss_fn, args_chunk_spec, kwargs_chunk_spec, output_merge_spec, scale_grads)
+        super().__init__(
+            n_microbatches,
+            loss_fn,
+            args_chunk_spec,
+            kwargs_chunk_spec,
+            output_merge_spec,
+            scale_grads,
+            target_chunk_spec=target_chunk_spec,
+        )
         self._stages = check_stages(stages)
         self._num_stages = self.num_stages = self._stages[0].num_stages
         self.n_local_stages = len(self._stages)

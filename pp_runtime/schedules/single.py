@@ -36,8 +36,18 @@ class PipelineScheduleSingle(_PipelineSchedule):
         kwargs_chunk_spec: dict[str, TensorChunkSpec] | None = None,
         output_merge_spec: dict[str, Any] | tuple[Any] | None = None,
         scale_grads: bool = True,
+        *,
+        target_chunk_spec: Any = None,
     ) -> None:
-        super().__init__(n_microbatches, loss_fn, args_chunk_spec, kwargs_chunk_spec, output_merge_spec, scale_grads)
+        super().__init__(
+            n_microbatches,
+            loss_fn,
+            args_chunk_spec,
+            kwargs_chunk_spec,
+            output_merge_spec,
+            scale_grads,
+            target_chunk_spec=target_chunk_spec,
+        )
         self._stage = check_stage(stage)
         self._num_stages = stage.num_stages
         with refusal_told_to_other_ranks(stage):
