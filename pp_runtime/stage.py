@@ -12,13 +12,13 @@ import torch.distributed as dist
 from . import _C
 from .data_parallel import DataParallelAdapter, adapter_for, scale_gradients
 from .errors import PipelineModeError, PipelineTypeError, PipelineUsageError
-from .payload import flatten_output, rebuild_args, tensors_and_structure
+from .payload import _normalize_model_output_as_tuple, flatten_output, rebuild_args, tensors_and_structure
 
 if TYPE_CHECKING:
     from .memory_report import Meter
     from .topology import StageWiring
 
-__all__ = ["PipelineStage", "build_stage"]
+__all__ = ["PipelineStage", "_normalize_model_output_as_tuple", "build_stage"]
 
 
 class _PipelineStageBase:
