@@ -13,6 +13,7 @@ from . import _C
 from .data_parallel import DataParallelAdapter, adapter_for, scale_gradients
 from .errors import PipelineModeError, PipelineTypeError, PipelineUsageError
 from .payload import _normalize_model_output_as_tuple, flatten_output, rebuild_args, tensors_and_structure
+from .stage_names import TorchStageNames
 
 if TYPE_CHECKING:
     from .memory_report import Meter
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["PipelineStage", "_normalize_model_output_as_tuple", "build_stage"]
 
 
-class _PipelineStageBase:
+class _PipelineStageBase(TorchStageNames):
     """What manual and traced stages have in common.
 
     Attributes that programs read: ``submod`` (may be replaced between steps), ``stage_index``, ``num_stages``,

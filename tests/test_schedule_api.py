@@ -22,6 +22,7 @@ from pp_runtime.schedules import (
     Schedule1F1B,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
+    _Action,
     _PipelineScheduleRuntime,
     _ScheduleForwardOnly,
     _wait_batch_p2p,
@@ -323,6 +324,95 @@ def test_losses_of_custom_forwards_stand_in_microbatch_order() -> None:
     losses: list[torch.Tensor] = []
     schedule.step(torch.randn(3, 1), losses=losses)
     assert losses == [0.0, 1.0, 4.0] and not any(loss.requires_grad for loss in losses)
+
+
+def appending(schedule: Any, arrivals: list[list[torch.Tensor]]) -> Any:
+    """A forward as older programs have it: it keeps the loss itself, and says what the list then holds."""
+
+    def forward(action: Any, ctx: Any) -> None:
+        output = torch.full((1, 1), float(action.microbatch_index), requires_grad=True)
+        ctx.schedule_ref._internal_losses.append(schedule._compute_loss(output, torch.zeros(1, 1)))
+        arrivals.append(list(schedule._internal_losses))
+
+    return forward
+
+
+@pytest.mark.parametrize("helper", [True, False])
+def test_internal_losses_are_a_list_in_order_of_arrival(helper: bool) -> None:
+    schedule = PipelineScheduleMulti([FakeStage(0, 1)], 3, mse)
+    schedule.pipeline_order = {0: [_Action.from_str(text) for text in "0F2 0F0 0F1 0B1 0B2 0B0".split()]}
+    arrivals: list[list[torch.Tensor]] = []
+    started: list[tuple[int, float]] = []
+    stage = schedule._stages[0]
+    stage._core.set_loss = lambda microbatch, loss: started.append((microbatch, loss.item()))
+
+    def with_helper(action: Any, ctx: Any) -> None:
+        microbatch = action.microbatch_index
+        output = torch.full((1, 1), float(microbatch), requires_grad=True)
+        ctx.schedule_ref._maybe_compute_loss(stage, output, [torch.zeros(1, 1)] * 3, microbatch)
+        arrivals.append(list(schedule._internal_losses))
+
+    got: list[Any] = []
+    schedule.register_custom_function(FORWARD, with_helper if helper else appending(schedule, arrivals))
+    schedule.register_custom_function(
+        FULL_BACKWARD, lambda action, ctx: got.append(schedule._maybe_get_loss(stage, action.microbatch_index))
+    )
+    losses: list[torch.Tensor] = []
+    for _ in range(2):
+        schedule.step(torch.randn(3, 1), losses=losses)
+        assert arrivals.pop() == [4.0, 0.0, 1.0] and losses == [0.0, 1.0, 4.0] and got == [1.0, 4.0, 0.0]
+        assert started == [(2, 4.0), (0, 0.0), (1, 1.0)] and schedule._internal_losses == []
+        got.clear()
+        started.clear()
+
+
+def test_a_loss_that_no_forward_computed_is_missed() -> None:
+    schedule = one_rank(2)
+    schedule.register_custom_function(FORWARD, appending(schedule, []))
+    schedule._internal_losses.append(torch.tensor(1.0))
+    assert schedule._maybe_get_loss(FakeStage(0, 2), 0) is None
+    for missing in (1, -1, 7):
+        with pytest.raises(RuntimeError, match=f"loss of microbatch {missing} is not available"):
+            schedule._maybe_get_loss(schedule._stage, missing)
+    without_handler = one_rank(2)
+    assert without_handler._maybe_get_loss(without_handler._stage, 0) is None
+
+
+def test_losses_are_given_and_forgotten_as_torch_gives_them() -> None:
+    schedule, losses = one_rank(2), ["stale"]
+    for microbatch in (1, 0):
+        schedule._maybe_compute_loss(
+            schedule._stage, torch.tensor([2.0 + microbatch]), [torch.zeros(1)] * 2, microbatch
+        )
+    schedule._update_losses([FakeStage(0, 2)], losses)
+    assert losses == ["stale"] and schedule._internal_losses == []
+    schedule._internal_losses = [torch.tensor(1.0)]
+    with pytest.raises(RuntimeError, match="2 losses were expected.* but 1 have"):
+        schedule._update_losses(schedule._stage, losses)
+    schedule._internal_losses = [torch.tensor(5.0), torch.tensor(6.0)]
+    schedule._update_losses(schedule._stage, losses)
+    assert losses == [5.0, 6.0] and schedule._internal_losses == []
+    for microbatch in (1, 0):
+        schedule._maybe_compute_loss(
+            schedule._stage, torch.tensor([2.0 + microbatch]), [torch.zeros(1)] * 2, microbatch
+        )
+    schedule._update_losses([schedule._stage], losses)
+    assert losses == [4.0, 9.0]
+
+
+def test_flags_of_initialization_are_set_by_a_step_and_may_be_reset() -> None:
+    x = torch.randn(4, 3)
+    schedule = ScheduleInterleaved1F1B([FakeStage(0, 1)], 2, mse)
+    assert not schedule._stages_forward_initialized and not schedule._stages_backward_initialized
+    schedule.eval(x)
+    assert schedule._stages_forward_initialized and not schedule._stages_backward_initialized
+    schedule._stages_forward_initialized = False
+    schedule.step(x, target=x)
+    assert schedule._stages_forward_initialized and schedule._stages_backward_initialized
+    single = one_rank(2)
+    single._initialize_stage((x,), {})
+    assert single._stage_forward_initialized and single._stage_backward_initialized
+    assert len(FakeRuntime.made) == 1
 
 
 def test_only_some_types_take_custom_functions() -> None:

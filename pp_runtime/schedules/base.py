@@ -14,9 +14,15 @@ from pp_runtime.errors import PipelineModeError, PipelineTypeError, PipelineUsag
 from pp_runtime.ir import FORWARD, REDUCE_GRAD
 from pp_runtime.microbatch import TensorChunkSpec
 from pp_runtime.schedules.batches import BatchHandling
-from pp_runtime.schedules.checks import check_chunk_spec, check_loss_function, check_microbatch_count
+from pp_runtime.schedules.checks import (
+    check_chunk_spec,
+    check_loss_function,
+    check_microbatch_count,
+    check_stages_can_run,
+)
 from pp_runtime.schedules.custom_context import _PipelineContext, backwards_before_each_action
 from pp_runtime.schedules.custom_functions import CustomFunctions
+from pp_runtime.schedules.initialization import StageInitialization
 from pp_runtime.schedules.order_holder import OrderHolder, has_backwards
 
 if TYPE_CHECKING:
@@ -26,7 +32,7 @@ if TYPE_CHECKING:
     from pp_runtime.timeline import Timeline
 
 
-class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
+class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitialization, ABC):
     """Runs whole batches through the pipeline, by an order that its subclass names.
 
     Making a schedule talks to no other rank; the first step does.
@@ -90,6 +96,7 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
         Returns the whole batch's output there, unless ``return_outputs`` is False; None on other ranks.
         """
         try:
+            check_stages_can_run(self._stages)
             self._check_mode(target, loss_kwargs)
             if arg_mbs is None and kwarg_mbs is None and target_mbs is None:
                 arg_mbs, kwarg_mbs = self._split_inputs(args, kwargs)
@@ -133,6 +140,7 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
         arg_mbs, kwarg_mbs = self._check_inputs(arg_mbs, kwarg_mbs, target_mbs, losses)
         for stage in self._stages:
             stage.has_backward = self._has_backward
+        self._initialize_stages(arg_mbs[0], kwarg_mbs[0], None if target_mbs is None else target_mbs[0], loss_kwargs)
         runtime = self._ensure_runtime()
         training = self._has_backward and self._order_has_backward
         self._begin_custom_step()
@@ -177,6 +185,7 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
         if self._runtime is None:
             from pp_runtime.runtime import Runtime
 
+            check_stages_can_run(self._stages)
             order, with_comms = self._order_to_run()
             own_actions = order.get(self._stages[0].group_rank, [])
             self._order_has_backward = has_backwards([own_actions])

@@ -12,8 +12,10 @@ from pp_runtime.microbatch import TensorChunkSpec
 from pp_runtime.schedules.base import _PipelineSchedule
 from pp_runtime.schedules.catalogue import build_order
 from pp_runtime.schedules.checks import check_stages
+from pp_runtime.schedules.order_holder import TorchOrder
 from pp_runtime.schedules.placement import looped
 from pp_runtime.schedules.refusal import refusal_told_to_other_ranks
+from pp_runtime.schedules.torch_passes import _validate_schedule
 
 if TYPE_CHECKING:
     from pp_runtime.stage import _PipelineStageBase
@@ -81,3 +83,8 @@ class PipelineScheduleMulti(_PipelineSchedule):
         if self._order_name is None:
             return None
         return build_order(self._order_name, self.pp_group_size, self._num_stages, self._n_microbatches)
+
+    def _validate_and_set_stage_mapping(self, actions: TorchOrder) -> None:
+        """Prove an order at once, and take its placement of the stages; the order itself is not taken."""
+        mapping = _validate_schedule(actions, self.pp_group_size, self._num_stages, self._n_microbatches)
+        self._place(tuple(mapping[stage] for stage in range(self._num_stages)))
