@@ -13,6 +13,7 @@ from . import _C
 from .data_parallel import DataParallelAdapter, adapter_for, scale_gradients
 from .errors import PipelineModeError, PipelineTypeError, PipelineUsageError
 from .payload import _normalize_model_output_as_tuple, flatten_output, rebuild_args, tensors_and_structure
+from .stage_copies import CopiedStage
 from .stage_names import TorchStageNames
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["PipelineStage", "_normalize_model_output_as_tuple", "build_stage"]
 
 
-class _PipelineStageBase(TorchStageNames):
+class _PipelineStageBase(TorchStageNames, CopiedStage):
     """What manual and traced stages have in common.
 
     Attributes that programs read: ``submod`` (may be replaced between steps), ``stage_index``, ``num_stages``,
@@ -62,9 +63,12 @@ class _PipelineStageBase(TorchStageNames):
         self.chunks: int | None = None
         self.log_prefix = f"[Stage {stage_index}]"
         self.stage_index_to_group_rank = {stage: stage % self.group_size for stage in range(num_stages)}
+        self._make_core()
+
+    def _make_core(self) -> None:
         self._adapted: tuple[torch.nn.Module, DataParallelAdapter | None] | None = None
         self._meter: Meter | None = None
-        self._core = _C.Stage(stage_index, self.is_first, self.is_last, self._callbacks())
+        self._core = _C.Stage(self.stage_index, self.is_first, self.is_last, self._callbacks())
 
     @property
     def is_first(self) -> bool:

@@ -209,6 +209,10 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitia
     def _order_changed(self) -> None:
         self._runtime = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes a runtime of its own.
+        return self.__dict__ | {"_runtime": None}
+
     def _refuse_step(self, error: PipelineUsageError) -> None:
         """Tell the ranks that this one will not take part in the step, so that they raise and do not wait."""
         if self._stages[0].group_size > 1 and (self._order_is_known() or self._runtime is not None):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pp_runtime.ir import Order, Placement
 from pp_runtime.microbatch import TensorChunkSpec
 from pp_runtime.schedules.base import _PipelineSchedule
-from pp_runtime.schedules.catalogue import build_order
+from pp_runtime.schedules.catalogue import build_order, named_order
 from pp_runtime.schedules.checks import check_stages
 from pp_runtime.schedules.order_holder import TorchOrder
 from pp_runtime.schedules.placement import looped
@@ -75,8 +75,7 @@ class PipelineScheduleMulti(_PipelineSchedule):
         """What builds the order once more; None where it must be kept. Holds no stage."""
         if self._order_name is None:
             return None
-        build = partial(build_order, self._order_name, self.pp_group_size, self._num_stages, self._n_microbatches)
-        return lambda: build()[0]
+        return partial(named_order, self._order_name, self.pp_group_size, self._num_stages, self._n_microbatches)
 
     def _build_order(self) -> tuple[Order, Placement] | None:
         """The order and the placement of the stages; None where a file or an assignment will bring them."""
