@@ -78,12 +78,9 @@ def get_schedule_ops(
     per_rank = num_stages_per_rank or (1 if single else 2)
     stages = [_StageInNameOnly(per_rank * pp_degree, pp_degree) for _ in range(per_rank)]
     made: Any = kind(stages[0] if single else stages, num_microbatches)  # type: ignore[arg-type]
-    rows = {
-        rank: [
-            action for action in made.pipeline_order[rank] if action is None or action.is_compute_op or not with_comms
-        ]
-        for rank in range(pp_degree)
-    }
+    if not made.pipeline_order:
+        raise PipelineUsageError(f"{kind.__name__} has no order of its own to show")
+    rows = {rank: list(made.pipeline_order[rank]) for rank in range(pp_degree)}
     if not with_comms and not add_spacing:
         return list(rows.values())
     # Orders of one stage a rank are shown with their reductions, as torch shows them.

@@ -110,6 +110,8 @@ def test_a_mapping_is_taken_from_an_order_that_is_proved_at_once() -> None:
         with pytest.raises(InvalidOrderError, match="deadlocks|ranks"):
             schedule._validate_and_set_stage_mapping(wrong)
     assert schedule.stage_index_to_group_rank == {0: 0, 1: 1, 2: 1, 3: 0}
+    schedule._validate_and_set_stage_mapping(rows("0F0 2F0", "1F0 3F0"))
+    assert list(schedule.stage_index_to_group_rank.values()) == [0, 1, 0, 1]
 
 
 def test_all_names_were_planned() -> None:

@@ -80,6 +80,8 @@ def test_what_cannot_be_shown_is_refused() -> None:
         ours.get_schedule_ops("GPipe", 2, 2, add_spacing=True, with_comms=True)
     with pytest.raises(TypeError, match="name or the class"):
         ours.get_schedule_ops(int, 2, 2)
+    with pytest.raises(ValueError, match="PipelineScheduleMulti has no order"):
+        ours.get_schedule_ops("PipelineScheduleMulti", 2, 2)
     with pytest.raises(ValueError, match="one stage a rank"):
         ours.get_schedule_ops("GPipe", 2, 2, num_stages_per_rank=2)
 

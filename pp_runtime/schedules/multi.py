@@ -7,15 +7,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pp_runtime.ir import Order, Placement
+from pp_runtime.ir import Order, Placement, from_torch_form
 from pp_runtime.microbatch import TensorChunkSpec
 from pp_runtime.schedules.base import _PipelineSchedule
 from pp_runtime.schedules.catalogue import build_order, named_order
 from pp_runtime.schedules.checks import check_stages
-from pp_runtime.schedules.order_holder import TorchOrder
+from pp_runtime.schedules.order_holder import TorchOrder, has_backwards
 from pp_runtime.schedules.placement import looped
 from pp_runtime.schedules.refusal import refusal_told_to_other_ranks
-from pp_runtime.schedules.torch_passes import _validate_schedule
+from pp_runtime.schedules.torch_passes import proved_placement
 
 if TYPE_CHECKING:
     from pp_runtime.stage import _PipelineStageBase
@@ -85,5 +85,9 @@ class PipelineScheduleMulti(_PipelineSchedule):
 
     def _validate_and_set_stage_mapping(self, actions: TorchOrder) -> None:
         """Prove an order at once, and take its placement of the stages; the order itself is not taken."""
-        mapping = _validate_schedule(actions, self.pp_group_size, self._num_stages, self._n_microbatches)
-        self._place(tuple(mapping[stage] for stage in range(self._num_stages)))
+        forward_only = not has_backwards(from_torch_form(actions).values())
+        self._place(
+            proved_placement(
+                actions, self.pp_group_size, self._num_stages, self._n_microbatches, forward_only=forward_only
+            )
+        )

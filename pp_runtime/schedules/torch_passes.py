@@ -23,6 +23,7 @@ from pp_runtime.ir import (
     Action,
     ActionType,
     Order,
+    Placement,
     from_torch_form,
     leaves,
     placement_of,
@@ -178,6 +179,13 @@ def _validate_schedule(
 
     Raises InvalidOrderError, which is an AssertionError as torch's is.
     """
+    return dict(enumerate(proved_placement(actions, pp_group_size, num_stages, num_microbatches, forward_only=False)))
+
+
+def proved_placement(
+    actions: Mapping[int, Row], pp_group_size: int, num_stages: int, num_microbatches: int, *, forward_only: bool
+) -> Placement:
+    """Where an order of a whole group has its stages, after the proof that it can run; else InvalidOrderError."""
     missing = sorted(set(range(pp_group_size)) - actions.keys())
     if missing or len(actions) != pp_group_size:
         raise InvalidOrderError(
@@ -195,5 +203,6 @@ def _validate_schedule(
     if len(placement) != num_stages:
         raise InvalidOrderError(f"The order is for {len(placement)} stages, not for {num_stages}.")
     with_comms = any(action.computation_type in COMMUNICATION_TYPES for row in order.values() for action in row)
-    (verify_communication if with_comms else verify)(order, placement, num_microbatches)
-    return dict(enumerate(placement))
+    check = verify_communication if with_comms else verify
+    check(order, placement, num_microbatches, forward_only=forward_only)
+    return placement
