@@ -415,6 +415,20 @@ def test_flags_of_initialization_are_set_by_a_step_and_may_be_reset() -> None:
     assert len(FakeRuntime.made) == 1
 
 
+@pytest.mark.parametrize("kind", [ScheduleGPipe, ScheduleInterleaved1F1B])
+def test_a_programs_own_initialization_runs_with_the_first_microbatch_of_a_step(kind: Any) -> None:
+    seen: list[Any] = []
+
+    class Initializing(kind):
+        def _initialize_stage(self, args: Any, kwargs: Any, target: Any = None, loss_kwargs: Any = None) -> None:
+            seen.append((args[0].shape, kwargs["mask"].shape, target.shape, loss_kwargs))
+
+    stages = FakeStage(0, 1) if kind is ScheduleGPipe else [FakeStage(0, 1)]
+    x = torch.randn(5, 3)
+    Initializing(stages, 2, mse).step(x, mask=x[:, 0], target=x, loss_kwargs={"weight": 2.0})
+    assert seen == [((3, 3), (3,), (3, 3), {"weight": 2.0})]
+
+
 def test_only_some_types_take_custom_functions() -> None:
     schedule = one_rank()
     with pytest.raises(PipelineUsageError, match="FORWARD, FULL_BACKWARD"):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import pp_runtime
 from pp_runtime import schedules as ours
@@ -165,6 +167,13 @@ def test_what_torch_does_not_see_is_found() -> None:
         ours._validate_schedule(circle, 2, 2, 2)
     with pytest.raises(InvalidOrderError, match="not an action"):
         ours._validate_schedule({0: ["0F0"]}, 1, 1, 1)
+
+
+def test_compiled_stages_are_refused_by_no_schedule() -> None:
+    compiled = [SimpleNamespace(submod=torch.compile(torch.nn.Linear(1, 1)))]
+    with pytest.raises(RuntimeError, match="torch.compile"):
+        theirs._check_torch_compile_compatibility(compiled, "DualPipeV")
+    assert ours._check_torch_compile_compatibility(compiled, "DualPipeV") is None
 
 
 def test_short_names_are_torchs() -> None:

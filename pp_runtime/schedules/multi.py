@@ -26,6 +26,9 @@ class PipelineScheduleMulti(_PipelineSchedule):
 
     A named schedule has its stages looped (stage ``i`` on rank ``i % ranks``) or in a V, as its order says; a file
     says it for itself. ``stage_index_to_group_rank`` tells.
+
+    ``target_chunk_spec`` says how targets are cut, as the other specs do for inputs: in the structure of the target, or
+    one spec for all its tensors. None cuts along dimension 0.
     """
 
     def __init__(

@@ -25,6 +25,9 @@ class PipelineScheduleSingle(_PipelineSchedule):
 
     With ``scale_grads`` the gradients are divided by the number of microbatches after the backward, which suits a
     loss function that averages; turn it off for one that sums.
+
+    ``target_chunk_spec`` says how targets are cut, as the other specs do for inputs: in the structure of the target, or
+    one spec for all its tensors. None cuts along dimension 0.
     """
 
     def __init__(
