@@ -32,6 +32,7 @@ from .schedules import (  # noqa: E402
     ScheduleZB1P,
     ScheduleZB2P,
     ScheduleZBVZeroBubble,
+    _ScheduleForwardOnly,
     get_schedule_class,
 )
 from .stage import PipelineStage, build_stage  # noqa: E402
@@ -58,6 +59,7 @@ __all__ = [
     "ScheduleZB2P",
     "ScheduleZBVZeroBubble",
     "SplitPoint",
+    "_ScheduleForwardOnly",
     "build_stage",
     "get_schedule_class",
     "pipe_split",

@@ -9,7 +9,23 @@ import torch
 from torch.nn import Parameter
 
 from pp_runtime import _C
+from pp_runtime._gradient_graph import (
+    _get_grad_fn_or_grad_acc,
+    construct_reverse_graph,
+    get_param_groups,
+    reverse_closure,
+)
 from pp_runtime.errors import PipelineUsageError
+
+__all__ = [
+    "_get_grad_fn_or_grad_acc",
+    "construct_reverse_graph",
+    "get_param_groups",
+    "reverse_closure",
+    "stage_backward",
+    "stage_backward_input",
+    "stage_backward_weight",
+]
 
 
 def stage_backward(

@@ -279,9 +279,10 @@ class ChunkMethods:
             if name in _ABSTRACT and not in_step:
                 continue
             where = "this stage" if name in own else type(self).__qualname__
+            index = getattr(self, "stage_index", "?")
             raise PipelineUsageError(
-                f"{where} replaces {name} of stage {self.stage_index}, which torch's runtime calls and pp_runtime's "
-                f"does not, so that it would be passed over: replace one of {', '.join(HONOURED[:5])}, or register a "
+                f"{where} replaces {name} of stage {index}, which torch's runtime calls and pp_runtime's does "
+                f"not, so that it would be passed over: replace one of {', '.join(HONOURED[:5])}, or register a "
                 "custom function with the schedule"
             )
         return frozenset(found)

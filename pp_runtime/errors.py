@@ -53,7 +53,11 @@ def _rebuild_pipeline_error(kind: type[PipelineError], reason: str, attributes: 
     return error
 
 
-class StageOutputError(PipelineError):
+class PipeliningMetadataError(RuntimeError):
+    """What a stage takes or gives is not as it must be."""
+
+
+class StageOutputError(PipelineError, PipeliningMetadataError):
     """A stage's output cannot be sent to the next stage; the message names what in it, and why."""
 
 
@@ -69,8 +73,15 @@ class PipelineTypeError(PipelineUsageError, TypeError):
     """An argument has the wrong type."""
 
 
-class InvalidOrderError(ValueError):
-    """An order of actions that is incomplete, out of order or deadlocks; the message names rank and action."""
+class InvalidOrderError(ValueError, AssertionError):
+    """An order of actions that is incomplete, out of order or deadlocks; the message names rank and action.
+
+    Programs catch an AssertionError here, which torch raises.
+    """
+
+
+class ActionTextError(ValueError, RuntimeError):
+    """A text that is no action. Programs catch a RuntimeError here, which torch raises."""
 
 
 class OrderFileError(InvalidOrderError):

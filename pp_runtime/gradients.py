@@ -34,6 +34,8 @@ class StepGradients:
         self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._in_buffers: set[int] = set()
         self._scaled: set[int] = set()
+        self._waiting: dict[int, torch.Tensor] = {}
+        self._asked = 1
         for stage in stages:
             adapter = stage.adapter()
             if adapter is not None:
@@ -60,14 +62,19 @@ class StepGradients:
             stage._gradients = self
         self._leaves = leaves
 
-    def end(self, divisor: int) -> None:
-        """Divide what was added and not scaled yet, then add what was set aside. 1 leaves the sums as they are."""
-        for leaf, gradient in self._leaves.take():
-            self._parameters[id(leaf)] = leaf
-            if gradient is not None:
-                self._before[id(leaf)] = (leaf, gradient)
+    def end(self, divisor: int | None) -> None:
+        """Divide what was added and not scaled yet, then add what was set aside. 1 leaves the sums as they are.
+
+        With None, what ``scale`` was called for is divided and nothing else: a custom function reduces and scales.
+        """
+        leaves = self._leaves.take()
+        self._before.update({id(leaf): (leaf, before) for leaf, before in leaves if before is not None})
         self._shared.clear()
-        self.scale(self._parameters.values(), divisor)
+        if divisor is None:
+            self.scale(self._waiting.values(), self._asked)
+        else:
+            self.scale(self._parameters.values(), divisor)
+        self.scale([leaf for leaf, _ in leaves], self._asked if divisor is None else divisor)
         with torch.no_grad():
             for key, (parameter, before) in self._before.items():
                 _put_back(parameter, before, in_buffer=key in self._in_buffers)
@@ -80,7 +87,10 @@ class StepGradients:
 
     def scale(self, parameters: Iterable[torch.Tensor], divisor: int) -> None:
         """Divide what these have so far, each parameter once a step; one that stages share waits for the step's end."""
-        fresh = {id(p): p for p in parameters if id(p) not in self._scaled and id(p) not in self._shared}
+        self._asked = divisor
+        unscaled = {id(p): p for p in parameters if id(p) not in self._scaled}
+        self._waiting.update({key: p for key, p in unscaled.items() if key in self._shared})
+        fresh = {key: p for key, p in unscaled.items() if key not in self._shared}
         self._scaled.update(fresh)
         scale_gradients(fresh.values(), divisor)
 

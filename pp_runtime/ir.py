@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple
 
+from pp_runtime.errors import ActionTextError
+
 
 class ActionType(str, Enum):
     """What an action does. The value is the text that stands in an order file."""
@@ -26,10 +28,10 @@ class ActionType(str, Enum):
 
     @staticmethod
     def from_str(text: str) -> ActionType:
-        """The type whose text this is; ValueError for any other text."""
+        """The type whose text this is; ActionTextError for any other text."""
         kind = _TYPE_OF_TEXT.get(text)
         if kind is None:
-            raise ValueError(f"'{text}' is not an action type; the types are {', '.join(_TYPE_OF_TEXT)}.")
+            raise ActionTextError(f"'{text}' is not an action type; the types are {', '.join(_TYPE_OF_TEXT)}.")
         return kind
 
 
@@ -88,7 +90,7 @@ class Action(NamedTuple):
 
     @staticmethod
     def from_str(action_string: str) -> Action | None:
-        """The action with this text; None for blank text. ValueError names text that is no action."""
+        """The action with this text; None for blank text. ActionTextError names text that is no action."""
         text = action_string.strip()
         if not text:
             return None
@@ -96,33 +98,33 @@ class Action(NamedTuple):
             return _pair_from_text(text)
         match = _ACTION_TEXT.fullmatch(text)
         if match is None:
-            raise ValueError(
+            raise ActionTextError(
                 f"'{action_string}' is not an action; an action is [stage][type][microbatch], such as 2F0, 1UNSHARD or "
                 "3SEND_F1, or (action;action)OVERLAP_F_B."
             )
         stage, kind, microbatch = match.groups()
         action_type = _TYPE_OF_TEXT[kind]
         if microbatch and action_type in STAGE_TYPES:
-            raise ValueError(
+            raise ActionTextError(
                 f"'{action_string}' is not an action: {kind} is about a whole stage, without a microbatch."
             )
         if not microbatch and action_type not in STAGE_TYPES:
-            raise ValueError(f"'{action_string}' is not an action: {kind} needs a microbatch, such as {text}0.")
+            raise ActionTextError(f"'{action_string}' is not an action: {kind} needs a microbatch, such as {text}0.")
         return Action(int(stage), action_type, int(microbatch) if microbatch else None)
 
 
 def _pair_from_text(text: str) -> Action:
     match = _PAIR_TEXT.fullmatch(text)
     if match is None:
-        raise ValueError(f"'{text}' is not an action; sub-actions are written as (0F5;7B2)OVERLAP_F_B.")
+        raise ActionTextError(f"'{text}' is not an action; sub-actions are written as (0F5;7B2)OVERLAP_F_B.")
     inside, kind = match.groups()
     if kind != OVERLAP_F_B.value:
-        raise ValueError(f"'{text}' is not an action: only OVERLAP_F_B has sub-actions, not '{kind}'.")
+        raise ActionTextError(f"'{text}' is not an action: only OVERLAP_F_B has sub-actions, not '{kind}'.")
     parts = []
     for part in inside.split(";"):
         action = Action.from_str(part)
         if action is None or not action.is_compute_op:
-            raise ValueError(f"'{text}' is not an action: its part '{part}' is not an F, I, W or B.")
+            raise ActionTextError(f"'{text}' is not an action: its part '{part}' is not an F, I, W or B.")
         parts.append(action)
     return Action(-1, OVERLAP_F_B, None, tuple(parts))
 

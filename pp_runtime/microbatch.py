@@ -2,71 +2,42 @@
 
 from __future__ import annotations
 
-import operator
-import sys
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.fx.node import map_aggregate
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from pp_runtime.errors import PipelineTypeError, PipelineUsageError
-from pp_runtime.special_tensors import (
-    concatenate_dtensors,
-    is_block_mask,
-    is_dtensor,
-    split_block_mask,
-    split_dtensor,
+from pp_runtime.batch_values import (
+    Values,
+    check_rows,
+    describe,
+    is_cuttable,
+    is_replicated,
+    let_broadcast,
 )
+from pp_runtime.batch_values import split_tensor as _split_tensor
+from pp_runtime.chunk_specs import (
+    DEFAULT_CHUNK_DIM,
+    TensorChunkSpec,
+    _CustomReducer,
+    _LossReducer,
+    _Replicate,
+    sum_reducer,
+)
+from pp_runtime.errors import PipelineTypeError, PipelineUsageError
+from pp_runtime.special_tensors import concatenate_dtensors, is_block_mask, is_dtensor, split_block_mask
 
-__all__ = ["TensorChunkSpec", "split_args_kwargs_into_chunks", "merge_chunks"]
-
-DEFAULT_CHUNK_DIM = 0
-
-
-class TensorChunkSpec:
-    """Says along which dimension a tensor is cut into microbatches, or put together from them."""
-
-    split_dim: int
-
-    def __init__(self, split_dim: int) -> None:
-        self.split_dim = split_dim
-
-    def __repr__(self) -> str:
-        return f"{type(self).__module__}.{type(self).__name__}({self.split_dim})"
-
-    def __str__(self) -> str:
-        return f"TensorChunkSpec({self.split_dim})"
-
-    @staticmethod
-    def from_tuple(chunk_dims: tuple[int, ...]) -> Any:
-        """One spec for each positional argument: ``from_tuple((0, 0, 1))``; nested tuples give nested specs."""
-        return map_aggregate(chunk_dims, TensorChunkSpec)  # type: ignore[arg-type]
-
-    @staticmethod
-    def from_dict(chunk_dims: dict[str, int]) -> Any:
-        """One spec for each keyword argument: ``from_dict({"tokens": 0, "mask": 1})``."""
-        return map_aggregate(chunk_dims, TensorChunkSpec)  # type: ignore[arg-type]
-
-
-class _Replicate:
-    """Says that every microbatch gets the whole value."""
-
-
-class _CustomReducer:
-    """A merge spec that folds the microbatches' values with ``reduce_fn``, from ``init_value`` on."""
-
-    def __init__(self, init_value: Any, reduce_fn: Callable[[Any, Any], Any]) -> None:
-        self.init_value = init_value
-        self.reduce_fn = reduce_fn
-
-
-class _LossReducer(_CustomReducer):
-    """A reducer of losses."""
-
-
-sum_reducer = _LossReducer(torch.tensor(0.0), operator.add)
+__all__ = [
+    "DEFAULT_CHUNK_DIM",
+    "TensorChunkSpec",
+    "_CustomReducer",
+    "_LossReducer",
+    "_Replicate",
+    "_split_tensor",
+    "merge_chunks",
+    "split_args_kwargs_into_chunks",
+    "sum_reducer",
+]
 
 
 def split_args_kwargs_into_chunks(
@@ -78,27 +49,58 @@ def split_args_kwargs_into_chunks(
 ) -> tuple[list[tuple], list[dict]]:
     """Cut positional and keyword arguments into at most ``chunks`` microbatches.
 
-    Without a spec every tensor and ``BlockMask`` is cut along dimension 0 and everything else is replicated.
+    Without a spec every tensor and ``BlockMask`` is cut along dimension 0 and everything else is replicated. So is a
+    tensor or ``BlockMask`` whose batch dimension is 1 beside a larger batch, such as position ids: it broadcasts over
+    any rows, so every microbatch gets the whole of it. The positional arguments say what the batch is; only where none
+    of them is cut, the keyword arguments do. So a batch that is itself 1 is never taken for several microbatches.
     The number of microbatches is ``chunks``, or the smallest size along a cut dimension where that is less.
     Sizes that ``chunks`` does not divide give microbatches that differ by one row, as ``torch.tensor_split``.
     """
     kwargs = {} if kwargs is None else kwargs
-    if args_chunk_spec is None and kwargs_chunk_spec is None and _all_plain_tensors((*args, *kwargs.values())):
+    if args_chunk_spec is None and kwargs_chunk_spec is None and _all_plain((*args, *kwargs.values()), chunks):
         return _split_plain(args, kwargs, chunks)
-    arg_values, arg_specs, arg_tree = _flatten_with_specs(tuple(args), args_chunk_spec, "args")
-    kwarg_values, kwarg_specs, kwarg_tree = _flatten_with_specs(kwargs, kwargs_chunk_spec, "kwargs")
+    positional, keyword = Values("args", tuple(args), args_chunk_spec), Values("kwargs", kwargs, kwargs_chunk_spec)
+    let_broadcast(positional, keyword, chunks)
+    count = min([chunks, *positional.rows, *keyword.rows])
+    return positional.cut(count), keyword.cut(count)
 
-    values, specs = arg_values + kwarg_values, arg_specs + kwarg_specs
-    count = min(
-        [chunks, *(_rows(value, spec) for value, spec in zip(values, specs, strict=True) if not _is_replicated(spec))]
-    )
-    pieces = [_split(value, spec, count) for value, spec in zip(values, specs, strict=True)]
 
-    cut = len(arg_values)
-    return (
-        [tree_unflatten([piece[i] for piece in pieces[:cut]], arg_tree) for i in range(count)],
-        [tree_unflatten([piece[i] for piece in pieces[cut:]], kwarg_tree) for i in range(count)],
-    )
+def split_batch(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    chunks: int,
+    args_chunk_spec: tuple[TensorChunkSpec, ...] | None,
+    kwargs_chunk_spec: dict[str, TensorChunkSpec] | None,
+    *,
+    batch_is_elsewhere: bool,
+) -> tuple[list[tuple], list[dict]]:
+    """As :func:`split_args_kwargs_into_chunks`, into exactly ``chunks`` microbatches; an error names what is too small.
+
+    With ``batch_is_elsewhere`` another rank has the positional arguments, and refuses a batch of 1; keyword arguments
+    of batch 1 broadcast then.
+    """
+    arg_mbs, kwarg_mbs = split_args_kwargs_into_chunks(args, kwargs, chunks, args_chunk_spec, kwargs_chunk_spec)
+    if len(arg_mbs) == chunks:
+        return arg_mbs, kwarg_mbs
+    positional, keyword = Values("args", args, args_chunk_spec), Values("kwargs", kwargs, kwargs_chunk_spec)
+    let_broadcast(positional, keyword, chunks, batch_is_elsewhere=batch_is_elsewhere)
+    check_rows("input", chunks, positional, keyword)
+    return positional.cut(chunks), keyword.cut(chunks)
+
+
+def split_target(target: Any, chunks: int, spec: Any) -> list[Any]:
+    """A target of any structure as ``chunks`` targets. One spec is for every tensor in it; None cuts dimension 0."""
+    if spec is None and _all_plain((target,), chunks):
+        pieces = target.tensor_split(min(chunks, len(target))) if len(target) else ()
+        if len(pieces) == chunks:
+            return list(pieces)
+    if isinstance(spec, TensorChunkSpec) or is_replicated(spec):
+        spec = tree_map(lambda value: spec if is_cuttable(value) else _Replicate(), target, is_leaf=is_block_mask)
+    values = Values("target", (target,), None if spec is None else (spec,))
+    nothing = Values("kwargs", {}, None)
+    let_broadcast(values, nothing, chunks)
+    check_rows("target", chunks, values, nothing)
+    return [piece for (piece,) in values.cut(chunks)]
 
 
 def merge_chunks(chunks: list[Any], chunk_spec: Any) -> Any:
@@ -127,8 +129,15 @@ def merge_chunks(chunks: list[Any], chunk_spec: Any) -> Any:
     return tree_unflatten([_merge(spec, [flat[i] for flat in flat_chunks]) for i, spec in enumerate(specs)], tree)
 
 
-def _all_plain_tensors(values: tuple[Any, ...]) -> bool:
-    return all(type(value) is torch.Tensor and value.dim() > 0 and not value.requires_grad for value in values)
+def _all_plain(values: tuple[Any, ...], chunks: int) -> bool:
+    """Whether these are tensors that are all cut, or all are not."""
+    return all(
+        type(value) is torch.Tensor
+        and value.dim() > 0
+        and not value.requires_grad
+        and (chunks == 1 or value.size(DEFAULT_CHUNK_DIM) != 1)
+        for value in values
+    )
 
 
 def _split_plain(args: tuple[Any, ...], kwargs: dict[str, Any], chunks: int) -> tuple[list[tuple], list[dict]]:
@@ -144,91 +153,6 @@ def _split_plain(args: tuple[Any, ...], kwargs: dict[str, Any], chunks: int) -> 
         if kwargs
         else [{} for _ in range(count)],
     )
-
-
-def _flatten_with_specs(values: Any, specs: Any, name: str) -> tuple[list[Any], list[Any], TreeSpec]:
-    if not values:
-        return [], [], tree_flatten(values)[1]  # a rank without these arguments needs no specs for them
-    if specs is None:
-        specs = tree_map(_default_spec, values, is_leaf=is_block_mask)
-    elif isinstance(values, tuple):
-        specs = tuple(specs)
-    elif values.keys() != specs.keys():
-        raise PipelineUsageError(
-            f"kwargs_chunk_spec has the names {sorted(specs)} but the keyword arguments are {sorted(values)}: "
-            "give every keyword argument one spec"
-        )
-    else:
-        # Leaves are matched by position, so both dictionaries must list their names in the same order.
-        specs = {key: specs[key] for key in values}
-    flat_values, tree = tree_flatten(values, is_leaf=is_block_mask)
-    flat_specs, _ = tree_flatten(specs)
-    if len(flat_values) != len(flat_specs):
-        raise PipelineUsageError(
-            f"{name}_chunk_spec describes {len(flat_specs)} values but {name} hold {len(flat_values)}: "
-            f"give it the structure of {name}, with TensorChunkSpec or _Replicate at each value"
-        )
-    return flat_values, flat_specs, tree
-
-
-def _default_spec(value: Any) -> TensorChunkSpec | _Replicate:
-    cuttable = is_block_mask(value) or (isinstance(value, torch.Tensor) and value.dim() > 0)
-    return TensorChunkSpec(DEFAULT_CHUNK_DIM) if cuttable else _Replicate()
-
-
-def _is_replicated(spec: Any) -> bool:
-    # The class itself is accepted beside its instances, as in torch.
-    return spec is _Replicate or isinstance(spec, _Replicate)
-
-
-def _rows(value: Any, spec: Any) -> int:
-    """How many microbatches this value can be cut into."""
-    if not isinstance(spec, TensorChunkSpec):
-        raise PipelineTypeError(f"a chunk spec is TensorChunkSpec or _Replicate, got {spec!r} for {_describe(value)}")
-    if isinstance(value, torch.Tensor):
-        if not -value.dim() <= spec.split_dim < value.dim():
-            raise PipelineUsageError(
-                f"{_describe(value)} has no dimension {spec.split_dim} to cut: change its TensorChunkSpec, "
-                "or use _Replicate to give it whole to every microbatch"
-            )
-        return value.size(spec.split_dim)
-    if is_block_mask(value):
-        if spec.split_dim != 0:
-            raise PipelineUsageError(
-                f"a BlockMask is cut along dimension 0 only, got TensorChunkSpec({spec.split_dim})"
-            )
-        size = value.kv_num_blocks.size(0)
-        return sys.maxsize if size == 1 else size  # a mask of batch 1 broadcasts to any number of microbatches
-    raise PipelineTypeError(
-        f"{_describe(value)} cannot be cut into microbatches: give it _Replicate() in the chunk spec"
-    )
-
-
-def _split(value: Any, spec: Any, count: int) -> Sequence[Any]:
-    if _is_replicated(spec):
-        return [value] * count
-    if count == 0:
-        return []
-    if is_block_mask(value):
-        return split_block_mask(value, count)
-    return _split_tensor(value, spec, count)
-
-
-def _split_tensor(tensor: torch.Tensor, spec: TensorChunkSpec, num_chunks: int) -> Sequence[torch.Tensor]:
-    if tensor.size(spec.split_dim) < num_chunks:
-        raise PipelineUsageError(
-            f"{_describe(tensor)} has {tensor.size(spec.split_dim)} rows in dimension {spec.split_dim}, which is fewer "
-            f"than {num_chunks} microbatches: use a larger batch or fewer microbatches"
-        )
-    if is_dtensor(tensor):
-        pieces = split_dtensor(tensor, spec.split_dim, num_chunks)
-    else:
-        pieces = torch.tensor_split(tensor, num_chunks, spec.split_dim)
-    if tensor.requires_grad and tensor.is_leaf:
-        # A piece of a leaf is a view, whose .grad autograd would not keep.
-        for piece in pieces:
-            piece.retain_grad()
-    return pieces
 
 
 def _merge(spec: Any, values: list[Any]) -> Any:
@@ -251,7 +175,7 @@ def _merge(spec: Any, values: list[Any]) -> Any:
 def _concatenate(values: list[Any], dim: int) -> torch.Tensor:
     for value in values:
         if not isinstance(value, torch.Tensor):
-            raise PipelineTypeError(f"the merge spec says TensorChunkSpec({dim}) for {_describe(value)}")
+            raise PipelineTypeError(f"the merge spec says TensorChunkSpec({dim}) for {describe(value)}")
     if all(value.dim() == 0 for value in values):
         return torch.stack(values)
     if not any(is_dtensor(value) for value in values):
@@ -266,7 +190,22 @@ def _equal(value: Any, other: Any) -> bool:
     return bool(value == other)
 
 
-def _describe(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return f"a value of type {type(value).__name__}"
+# Names of torch's that programs import from here
+
+
+def _split_block_mask(block_mask: Any, num_chunks: int) -> list[Any]:
+    return split_block_mask(block_mask, num_chunks)
+
+
+def _shard_dict_of_args(args_dict: dict, args_chunk_spec: dict, num_chunks: int) -> list[dict]:
+    """Cut a dictionary of arguments by a dictionary of specs, into at most ``num_chunks``."""
+    values = Values("args", args_dict, args_chunk_spec)
+    return values.cut(min([num_chunks, *values.rows]))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "BlockMask":  # its import takes a second
+        from torch.nn.attention.flex_attention import BlockMask
+
+        return BlockMask
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,17 +16,19 @@ from .data_parallel import DataParallelAdapter, Wrapped
 from .dtensors import DTensorExchange
 from .errors import PipelineModeError, PipelineTypeError, PipelineUsageError
 from .gradients import StepGradients, scale_gradients
-from .payload import flatten_output, rebuild_args
+from .payload import _normalize_model_output_as_tuple, flatten_output, rebuild_args
+from .stage_copies import CopiedStage
+from .stage_names import TorchStageNames
 from .tied import find_parameter
 
 if TYPE_CHECKING:
     from .memory_report import Meter
     from .topology import StageWiring
 
-__all__ = ["PipelineStage", "build_stage"]
+__all__ = ["PipelineStage", "_normalize_model_output_as_tuple", "build_stage"]
 
 
-class _PipelineStageBase(ChunkMethods):
+class _PipelineStageBase(ChunkMethods, TorchStageNames, CopiedStage):
     """What manual and traced stages have in common.
 
     Attributes that programs read: ``submod`` (may be replaced between steps), ``stage_index``, ``num_stages``,
@@ -41,6 +43,7 @@ class _PipelineStageBase(ChunkMethods):
         device: torch.device,
         group: dist.ProcessGroup | None = None,
         dw_builder: Callable[[], Callable[..., None]] | None = None,
+        get_mesh: Callable[..., Any] | None = None,
     ) -> None:
         _check_arguments(submodule, stage_index, num_stages, dw_builder)
         self.submod = submodule
@@ -67,6 +70,10 @@ class _PipelineStageBase(ChunkMethods):
         self.log_prefix = f"[Stage {stage_index}]"
         self.stage_index_to_group_rank = {stage: stage % self.group_size for stage in range(num_stages)}
         self._ties: dict[str, list[str]] = {}
+        self._get_mesh = get_mesh
+        self._make_core()
+
+    def _make_core(self) -> None:
         self._tie_owners: dict[str, int] = {}
         # A loss function that is a module is the model's too; the schedule of the last stage says so.
         self._loss_modules: tuple[torch.nn.Module, ...] = ()
@@ -74,8 +81,8 @@ class _PipelineStageBase(ChunkMethods):
         self._adapter: DataParallelAdapter | None = None
         self._meter: Meter | None = None
         self._gradients: StepGradients | None = None
-        self._exchange = DTensorExchange(stage_index)
-        self._core = _C.Stage(stage_index, self.is_first, self.is_last, self._callbacks())
+        self._exchange = DTensorExchange(self.stage_index, self._get_mesh)
+        self._core = _C.Stage(self.stage_index, self.is_first, self.is_last, self._callbacks())
         self._reset_caches()
 
     @property
@@ -205,10 +212,8 @@ class PipelineStage(_PipelineStageBase):
         dw_builder: Callable[[], Callable[..., None]] | None = None,
         get_mesh: Callable[..., Any] | None = None,
     ) -> None:
-        super().__init__(submodule, stage_index, num_stages, device, group, dw_builder)
-        self._exchange = DTensorExchange(stage_index, get_mesh)
+        super().__init__(submodule, stage_index, num_stages, device, group, dw_builder, get_mesh)
         self._exchange.saw(tree_leaves((input_args, output_args, output_grads, input_grads)))
-        self._core.set_callbacks(self._callbacks())
 
 
 class _PipelineStage(_PipelineStageBase):

@@ -148,3 +148,53 @@ def test_wrong_gradients_are_refused_in_words() -> None:
         stage_backward_weight(stage.parameters(), [{"params": set()}])
     with pytest.raises(RuntimeError, match=r"Outputs: \(Tensor\(\(3, 4\)"):
         stage_backward_input([y], [torch.ones(7, 7)], [x], stage.parameters())
+
+
+class Shared(nn.Module):
+    """Two layers of which one is used twice, a scale that does not meet the input, and a bias that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+        self.scale = nn.Parameter(torch.ones(4))
+        self.one.bias.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.one(torch.relu(self.two(self.one(x)))) + 2 * self.scale
+
+
+@pytest.mark.parametrize("kind", [Stage, Shared])
+def test_the_graph_of_gradients_is_read_as_torch_reads_it(kind: type[nn.Module]) -> None:
+    stage, x = kind(), an_input()
+    output = stage(x)
+    found = []
+    for module in (our_backward, torch_backward):
+        node_of = module._get_grad_fn_or_grad_acc
+        roots, inputs = [node_of(output)], [node_of(x)]
+        weights = [node_of(weight) for weight in stage.parameters() if weight.requires_grad]
+        users = module.construct_reverse_graph(roots)
+        closure = module.reverse_closure(inputs, set(roots), users)
+        groups = module.get_param_groups(inputs, weights, users)
+        sets = {(frozenset(group["params"]), frozenset(group["intermediates"])) for group in groups}
+        found.append((roots, inputs, weights, {key: set(of) for key, of in users.items() if of}, closure, sets))
+    assert found[0] == found[1] and found[0][3] and len(found[0][5]) >= 2
+
+
+def test_the_gradient_node_of_a_leaf_is_its_accumulator_also_under_no_grad() -> None:
+    x = an_input()
+    with torch.no_grad():
+        node = our_backward._get_grad_fn_or_grad_acc(x)
+    assert node is not None and node.variable is x
+    assert our_backward._get_grad_fn_or_grad_acc(2 * x).name() == "MulBackward0"
+    assert our_backward._get_grad_fn_or_grad_acc(torch.ones(1)) is None
+
+
+def test_parameters_that_share_where_they_meet_the_inputs_side_are_one_group() -> None:
+    x, weight, bias, other = (torch.ones(2, requires_grad=True) for _ in range(4))
+    joined = (x * (weight + bias)) * other
+    node_of = our_backward._get_grad_fn_or_grad_acc
+    users = our_backward.construct_reverse_graph([node_of(joined)])
+    groups = our_backward.get_param_groups([node_of(x)], [node_of(t) for t in (weight, bias, other)], users)
+    assert [group["params"] for group in groups] == [{node_of(weight), node_of(bias)}, {node_of(other)}]
+    assert [{node.name() for node in group["intermediates"]} for group in groups] == [{"MulBackward0"}] * 2

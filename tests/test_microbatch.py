@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._pytree import tree_flatten
 
+from pp_runtime import microbatch
 from pp_runtime.errors import PipelineTypeError, PipelineUsageError
 from pp_runtime.microbatch import (
     TensorChunkSpec,
@@ -105,11 +106,71 @@ def test_block_mask_keeps_its_meaning_in_every_microbatch(batch: int) -> None:
         assert bool(pieces[1].mask_mod(row, row, row, torch.tensor(32)))  # row 0 of microbatch 1 is row 2
 
 
+@pytest.mark.parametrize("chunks", [2, 4])
+def test_what_has_one_row_beside_a_larger_batch_goes_whole_to_every_microbatch(chunks: int) -> None:
+    x, row, rows = torch.randn(8, 3), torch.randn(1, 3), torch.randn(8, 1)
+    args, kwargs = split_args_kwargs_into_chunks((x, [row]), {"position": row, "more": {"rows": rows}}, chunks)
+    assert all(pieces[1][0] is row for pieces in args) and all(pieces["position"] is row for pieces in kwargs)
+    assert [len(pieces["more"]["rows"]) for pieces in kwargs] == [8 // chunks] * chunks
+    plain = x * row * row * rows
+    assert torch.equal(
+        plain,
+        torch.cat([a[0] * a[1][0] * k["position"] * k["more"]["rows"] for a, k in zip(args, kwargs, strict=True)]),
+    )
+
+
+def test_a_spec_that_was_given_is_kept_for_one_row() -> None:
+    args, kwargs = split_args_kwargs_into_chunks(
+        (torch.randn(8, 3),), {"row": torch.randn(1, 3)}, 4, None, {"row": TensorChunkSpec(0)}
+    )
+    assert len(args) == len(kwargs) == 1
+
+
+def test_positional_arguments_say_what_the_batch_is() -> None:
+    one, many = torch.randn(1, 3), torch.randn(8, 3)
+    assert len(split_args_kwargs_into_chunks((one,), {"mask": many}, 4)[0]) == 1
+    assert len(split_args_kwargs_into_chunks((), {"x": many, "mask": one}, 4)[0]) == 4
+    assert len(split_args_kwargs_into_chunks((one,), {"mask": one}, 4)[0]) == 1
+    assert len(split_args_kwargs_into_chunks((2.0,), {"mask": one, "x": many}, 4)[0]) == 4
+
+
+def test_names_that_programs_import_do_what_torchs_do(torch_microbatch: Any) -> None:
+    x, y = torch.randn(8, 6), torch.randn(3, 5)
+    ours = microbatch._shard_dict_of_args(
+        {0: x, 1: [y, 2]}, {0: TensorChunkSpec(0), 1: [TensorChunkSpec(1), _Replicate()]}, 4
+    )
+    specs = {
+        0: torch_microbatch.TensorChunkSpec(0),
+        1: [torch_microbatch.TensorChunkSpec(1), torch_microbatch._Replicate()],
+    }
+    assert equal(ours, torch_microbatch._shard_dict_of_args({0: x, 1: [y, 2]}, specs, 4))
+    assert equal(microbatch._shard_dict_of_args({}, {}, 2), torch_microbatch._shard_dict_of_args({}, {}, 2))
+    pieces = microbatch._split_tensor(x, TensorChunkSpec(1), 4)
+    assert equal(list(pieces), list(torch_microbatch._split_tensor(x, torch_microbatch.TensorChunkSpec(1), 4)))
+    mask = create_block_mask(lambda b, h, q, k: k <= q, 4, None, 64, 64, device="cpu", BLOCK_SIZE=16)
+    for ours, theirs in zip(
+        microbatch._split_block_mask(mask, 3), torch_microbatch._split_block_mask(mask, 3), strict=True
+    ):
+        assert torch.equal(ours.to_dense(), theirs.to_dense())
+    assert microbatch.BlockMask is torch_microbatch.BlockMask
+    assert microbatch.DEFAULT_CHUNK_DIM == torch_microbatch.DEFAULT_CHUNK_DIM
+    assert microbatch.sum_reducer.init_value == 0.0 and microbatch.sum_reducer.reduce_fn(2, 3) == 5
+    with pytest.raises(AttributeError, match="no attribute 'Mask'"):
+        _ = microbatch.Mask
+
+
 @pytest.mark.parametrize(
     "call, says",
     [
         (lambda: split_args_kwargs_into_chunks((1.0,), {}, 2, (TensorChunkSpec(0),)), "_Replicate"),
-        (lambda: split_args_kwargs_into_chunks((torch.zeros(4),), {}, 2, (TensorChunkSpec(1),)), "no dimension 1"),
+        (
+            lambda: split_args_kwargs_into_chunks((torch.zeros(4),), {}, 2, (TensorChunkSpec(1),)),
+            r"args\[0\].*no dimension 1",
+        ),
+        (
+            lambda: split_args_kwargs_into_chunks((), {"a": [1.0]}, 2, None, {"a": [TensorChunkSpec(0)]}),
+            r"kwargs\['a'\]\[0\], a value of type float, .* in kwargs_chunk_spec",
+        ),
         (lambda: split_args_kwargs_into_chunks((torch.zeros(4),), {}, 2, (3,)), "TensorChunkSpec or _Replicate"),
         (lambda: split_args_kwargs_into_chunks((torch.zeros(4),), {}, 2, (_Replicate(),) * 2), "args_chunk_spec"),
         (lambda: split_args_kwargs_into_chunks((), {"a": 1}, 2, None, {"b": _Replicate()}), "keyword argument"),

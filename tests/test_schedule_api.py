@@ -22,9 +22,11 @@ from pp_runtime.schedules import (
     Schedule1F1B,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
+    _Action,
     _PipelineScheduleRuntime,
     _ScheduleForwardOnly,
     _wait_batch_p2p,
+    get_schedule_class,
 )
 from tests.fakes import FakeRuntime, FakeStage, stages_of_rank, use_fake_runtime
 
@@ -104,6 +106,52 @@ def test_output_merge_spec_merges() -> None:
     schedule = one_rank(2, None, args_chunk_spec=(TensorChunkSpec(1),), output_merge_spec=TensorChunkSpec(1))
     x = torch.randn(3, 4)
     assert torch.equal(schedule.step(x), 2 * x)
+
+
+@pytest.mark.parametrize("name", ["GPipe", "LoopedBFS", "Interleaved1F1B", "Auto", "PipelineScheduleMulti"])
+def test_every_schedule_cuts_targets_by_its_spec(name: str) -> None:
+    kind = get_schedule_class(name)
+    stages = FakeStage(0, 1) if name == "GPipe" else [FakeStage(0, 1)]
+    schedule = kind(stages, 2, mse, target_chunk_spec={"y": TensorChunkSpec(1), "weight": _Replicate()})
+    target = {"y": torch.randn(3, 5), "weight": torch.ones(7)}
+    first, second = schedule._split_target(target)
+    assert first["y"].shape == (3, 3) and second["y"].shape == (3, 2) and second["weight"] is target["weight"]
+
+
+def test_one_spec_is_for_every_tensor_of_a_target() -> None:
+    schedule = one_rank(2, target_chunk_spec=TensorChunkSpec(1))
+    pieces = schedule._split_target((torch.zeros(3, 4), [torch.zeros(1, 2, 2), torch.tensor(1.0), "name"]))
+    assert [piece[0].shape for piece in pieces] == [(3, 2), (3, 2)]
+    assert [tuple(piece[1][0].shape) for piece in pieces] == [(1, 1, 2)] * 2 and pieces[1][1][2] == "name"
+    assert pieces[1][1][1] == 1.0
+
+
+def test_a_target_that_cannot_be_cut_is_named() -> None:
+    with pytest.raises(PipelineUsageError, match=r"target\['w'\], a tensor of shape \(3,\), .*target_chunk_spec"):
+        one_rank().step(torch.randn(8, 3), target={"y": torch.randn(8, 3), "w": torch.randn(3)})
+    with pytest.raises(PipelineUsageError, match="target, a tensor.* no dimension 2 to cut.* target_chunk_spec"):
+        one_rank(target_chunk_spec=TensorChunkSpec(2)).step(torch.randn(8, 3), target=torch.randn(8, 3))
+
+
+def test_a_keyword_input_of_batch_1_goes_whole_to_every_microbatch() -> None:
+    position_ids = torch.arange(3)[None]
+    for schedule, x in ((one_rank(), torch.randn(8, 3)), (Schedule1F1B(FakeStage(1, 3, 1, 3), 4, mse), None)):
+        schedule.step(*([] if x is None else [x]), target=x, position_ids=position_ids)
+        assert all(kwargs["position_ids"] is position_ids for kwargs in FakeRuntime.made[-1].steps[0]["kwargs"])
+
+
+def test_a_batch_that_is_1_is_not_taken_for_several_microbatches() -> None:
+    x = torch.randn(1, 3)
+    for inputs, keyword in (((x,), {"position_ids": x}), ((), {"x": x, "position_ids": x})):
+        with pytest.raises(PipelineUsageError, match="batch of 1"):
+            one_rank(loss_fn=None).step(*inputs, **keyword)
+    with pytest.raises(PipelineUsageError, match=r"args\[0\].*batch of 8.*args_chunk_spec"):
+        one_rank(loss_fn=None).step(x, mask=torch.randn(8, 3))
+
+
+def test_a_keyword_input_that_cannot_be_cut_is_named() -> None:
+    with pytest.raises(PipelineUsageError, match=r"kwargs\['mask'\], a tensor of shape \(2, 3\), .* kwargs_chunk_spec"):
+        one_rank(loss_fn=None).step(torch.randn(8, 3), mask=torch.randn(2, 3), other=torch.randn(8))
 
 
 def test_microbatches_may_come_already_cut() -> None:
@@ -284,6 +332,109 @@ def test_losses_of_custom_forwards_stand_in_microbatch_order() -> None:
     assert losses == [0.0, 1.0, 4.0] and not any(loss.requires_grad for loss in losses)
 
 
+def appending(schedule: Any, arrivals: list[list[torch.Tensor]]) -> Any:
+    """A forward as older programs have it: it keeps the loss itself, and says what the list then holds."""
+
+    def forward(action: Any, ctx: Any) -> None:
+        output = torch.full((1, 1), float(action.microbatch_index), requires_grad=True)
+        ctx.schedule_ref._internal_losses.append(schedule._compute_loss(output, torch.zeros(1, 1)))
+        arrivals.append(list(schedule._internal_losses))
+
+    return forward
+
+
+@pytest.mark.parametrize("helper", [True, False])
+def test_internal_losses_are_a_list_in_order_of_arrival(helper: bool) -> None:
+    schedule = PipelineScheduleMulti([FakeStage(0, 1)], 3, mse)
+    schedule.pipeline_order = {0: [_Action.from_str(text) for text in "0F2 0F0 0F1 0B1 0B2 0B0".split()]}
+    arrivals: list[list[torch.Tensor]] = []
+    started: list[tuple[int, float]] = []
+    stage = schedule._stages[0]
+    stage._core.set_loss = lambda microbatch, loss: started.append((microbatch, loss.item()))
+
+    def with_helper(action: Any, ctx: Any) -> None:
+        microbatch = action.microbatch_index
+        output = torch.full((1, 1), float(microbatch), requires_grad=True)
+        ctx.schedule_ref._maybe_compute_loss(stage, output, [torch.zeros(1, 1)] * 3, microbatch)
+        arrivals.append(list(schedule._internal_losses))
+
+    got: list[Any] = []
+    schedule.register_custom_function(FORWARD, with_helper if helper else appending(schedule, arrivals))
+    schedule.register_custom_function(
+        FULL_BACKWARD, lambda action, ctx: got.append(schedule._maybe_get_loss(stage, action.microbatch_index))
+    )
+    losses: list[torch.Tensor] = []
+    for _ in range(2):
+        schedule.step(torch.randn(3, 1), losses=losses)
+        assert arrivals.pop() == [4.0, 0.0, 1.0] and losses == [0.0, 1.0, 4.0] and got == [1.0, 4.0, 0.0]
+        assert started == [(2, 4.0), (0, 0.0), (1, 1.0)] and schedule._internal_losses == []
+        got.clear()
+        started.clear()
+
+
+def test_a_loss_that_no_forward_computed_is_missed() -> None:
+    schedule = one_rank(2)
+    schedule.register_custom_function(FORWARD, appending(schedule, []))
+    schedule._internal_losses.append(torch.tensor(1.0))
+    assert schedule._maybe_get_loss(FakeStage(0, 2), 0) is None
+    for missing in (1, -1, 7):
+        with pytest.raises(RuntimeError, match=f"loss of microbatch {missing} is not available"):
+            schedule._maybe_get_loss(schedule._stage, missing)
+    without_handler = one_rank(2)
+    assert without_handler._maybe_get_loss(without_handler._stage, 0) is None
+
+
+def test_losses_are_given_and_forgotten_as_torch_gives_them() -> None:
+    schedule, losses = one_rank(2), ["stale"]
+    for microbatch in (1, 0):
+        schedule._maybe_compute_loss(
+            schedule._stage, torch.tensor([2.0 + microbatch]), [torch.zeros(1)] * 2, microbatch
+        )
+    schedule._update_losses([FakeStage(0, 2)], losses)
+    assert losses == ["stale"] and schedule._internal_losses == []
+    schedule._internal_losses = [torch.tensor(1.0)]
+    with pytest.raises(RuntimeError, match="2 losses were expected.* but 1 have"):
+        schedule._update_losses(schedule._stage, losses)
+    schedule._internal_losses = [torch.tensor(5.0), torch.tensor(6.0)]
+    schedule._update_losses(schedule._stage, losses)
+    assert losses == [5.0, 6.0] and schedule._internal_losses == []
+    for microbatch in (1, 0):
+        schedule._maybe_compute_loss(
+            schedule._stage, torch.tensor([2.0 + microbatch]), [torch.zeros(1)] * 2, microbatch
+        )
+    schedule._update_losses([schedule._stage], losses)
+    assert losses == [4.0, 9.0]
+
+
+def test_flags_of_initialization_are_set_by_a_step_and_may_be_reset() -> None:
+    x = torch.randn(4, 3)
+    schedule = ScheduleInterleaved1F1B([FakeStage(0, 1)], 2, mse)
+    assert not schedule._stages_forward_initialized and not schedule._stages_backward_initialized
+    schedule.eval(x)
+    assert schedule._stages_forward_initialized and not schedule._stages_backward_initialized
+    schedule._stages_forward_initialized = False
+    schedule.step(x, target=x)
+    assert schedule._stages_forward_initialized and schedule._stages_backward_initialized
+    single = one_rank(2)
+    single._initialize_stage((x,), {})
+    assert single._stage_forward_initialized and single._stage_backward_initialized
+    assert len(FakeRuntime.made) == 1
+
+
+@pytest.mark.parametrize("kind", [ScheduleGPipe, ScheduleInterleaved1F1B])
+def test_a_programs_own_initialization_runs_with_the_first_microbatch_of_a_step(kind: Any) -> None:
+    seen: list[Any] = []
+
+    class Initializing(kind):
+        def _initialize_stage(self, args: Any, kwargs: Any, target: Any = None, loss_kwargs: Any = None) -> None:
+            seen.append((args[0].shape, kwargs["mask"].shape, target.shape, loss_kwargs))
+
+    stages = FakeStage(0, 1) if kind is ScheduleGPipe else [FakeStage(0, 1)]
+    x = torch.randn(5, 3)
+    Initializing(stages, 2, mse).step(x, mask=x[:, 0], target=x, loss_kwargs={"weight": 2.0})
+    assert seen == [((3, 3), (3,), (3, 3), {"weight": 2.0})]
+
+
 def test_only_some_types_take_custom_functions() -> None:
     schedule = one_rank()
     with pytest.raises(PipelineUsageError, match="FORWARD, FULL_BACKWARD"):
@@ -296,6 +447,10 @@ def parameters_of(kind: Any) -> list[tuple[str, Any, Any]]:
     return [(p.name, p.kind, p.default) for p in inspect.signature(kind).parameters.values()]
 
 
+def without_our_own(parameters: list[tuple[str, Any, Any]]) -> list[tuple[str, Any, Any]]:
+    return [parameter for parameter in parameters if parameter[0] != "target_chunk_spec"]
+
+
 def test_constructors_and_methods_have_torchs_signatures() -> None:
     import torch.distributed.pipelining.schedules as theirs
 
@@ -305,7 +460,9 @@ def test_constructors_and_methods_have_torchs_signatures() -> None:
     assert len(names) >= 10
     for name in names:
         mine, torchs = getattr(ours, name), getattr(theirs, name)
-        assert parameters_of(mine.__init__) == parameters_of(torchs.__init__), name
+        assert without_our_own(parameters_of(mine.__init__)) == parameters_of(torchs.__init__), name
+        if mine is not _PipelineScheduleRuntime:
+            assert ("target_chunk_spec", inspect.Parameter.KEYWORD_ONLY, None) in parameters_of(mine.__init__), name
         assert parameters_of(mine.eval) == parameters_of(torchs.eval), name
         assert set(parameters_of(torchs.step)) <= set(parameters_of(mine.step)), name
     assert parameters_of(ours.get_schedule_class) == parameters_of(theirs.get_schedule_class)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -75,6 +76,58 @@ def _split_by_columns(rank: int) -> list[str]:
         output = schedule.step(*([x] if rank == 0 else []), **({"shift": shift, "bias": bias} if rank == 0 else {}))
         expected = plain[1](plain[0](x, shift, bias))
     return reference.differences("output", output, expected, exact=False) if rank == 1 else []
+
+
+def _train_by_columns(rank: int) -> list[str]:
+    """The batch is the second dimension of inputs, targets and outputs."""
+    torch.manual_seed(3)
+    plain = nn.Sequential(Columns(), Columns())
+    stages = make_stages({rank: copy.deepcopy(plain[rank])}, 2)
+    spec = api.microbatch.TensorChunkSpec
+    specs = {"args_chunk_spec": (spec(1),), "target_chunk_spec": spec(1), "output_merge_spec": spec(1)}
+    schedule = make_schedule("1F1B", stages, MICROBATCHES, _mse, **specs)
+    x, y = torch.randn(WIDTH, 8), torch.randn(WIDTH, 8)
+    losses: list[Tensor] = []
+    output = schedule.step(*([x] if rank == 0 else []), **({"target": y, "losses": losses} if rank == 1 else {}))
+    expected, outputs = [], []
+    for piece, target in zip(x.tensor_split(MICROBATCHES, 1), y.tensor_split(MICROBATCHES, 1), strict=True):
+        outputs.append(plain(piece))
+        expected.append(_mse(outputs[-1], target))
+        (expected[-1] / MICROBATCHES).backward()
+    found = reference.differences("gradient", [p.grad for p in stages[0].submod.parameters()],
+                                  [p.grad for p in plain[rank].parameters()], exact=False)  # fmt: skip
+    if rank == 1:
+        found += reference.differences("output", output, torch.cat(outputs, 1).detach(), exact=False)
+        found += reference.differences("losses", losses, [loss.detach() for loss in expected], exact=False)
+    return found
+
+
+@api.ours_only("targets are cut along dimension 0")
+def test_the_batch_may_be_another_dimension_throughout() -> None:
+    assert ranks.run(_train_by_columns, 2) == [[], []]
+
+
+class Shifted(nn.Module):
+    """Adds what it is given by keyword."""
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        return 2 * x + shift
+
+
+def _broadcast_keyword(rank: int, rows: int) -> Any:
+    schedule = make_schedule("GPipe", make_stages({rank: Shifted()}, 2), MICROBATCHES, None)
+    x, shift = torch.randn(rows, WIDTH), torch.randn(1, WIDTH)
+    try:
+        output = schedule.step(*([x] if rank == 0 else []), shift=shift)
+    except (RuntimeError, ValueError) as error:
+        return "the input has a batch of 1" in str(error)
+    return torch.equal(output, 2 * (2 * x + shift) + shift) if rank == 1 else True
+
+
+@api.ours_only("refuses a keyword input of one row")
+@pytest.mark.parametrize("rows", [6, 1])
+def test_a_keyword_input_of_one_row_holds_for_every_microbatch_of_a_larger_batch_only(rows: int) -> None:
+    assert ranks.run(_broadcast_keyword, 2, rows=rows) == [True, True]
 
 
 def test_chunk_and_merge_specifications() -> None:

@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from pp_runtime.csv_files import dump_order
+from pp_runtime.passes.communication import insert_communication
+from pp_runtime.passes.data_parallel import insert_unshard
+from pp_runtime.schedules.catalogue import build_order
 from tests import api, ranks
-from tests.pipelines import Setting, Twins
+from tests.fakes import FakeStage
+from tests.pipelines import Setting, Twins, make_stages
 
 MICROBATCHES = 4
 Rows = list[list[str]]
@@ -137,6 +144,48 @@ def _refuse(rank: int, path: str) -> str:
     except ValueError as error:
         return str(error)
     return "accepted"
+
+
+def _run_forwards(rank: int, path: str, form: str, with_loss: bool) -> list[Any]:
+    """Two batches forward through four looped stages; a loss is computed, and no gradient."""
+    torch.manual_seed(2)
+    plain = [nn.Linear(3, 3) for _ in range(4)]
+    stages = make_stages({index: plain[index] for index in (rank, rank + 2)}, 4)
+    schedule = _load(path, form, stages, MICROBATCHES, nn.functional.mse_loss if with_loss else None)
+    found: list[Any] = []
+    for rows in (8, 5):
+        x, y = torch.randn(rows, 3), torch.randn(rows, 3)
+        losses: list[Any] = []
+        last = {"target": y, "losses": losses} if with_loss and rank == 1 else {}
+        output = schedule.step(*([x] if rank == 0 else []), **last)
+        if rank == 1:
+            found.append(torch.allclose(output, nn.Sequential(*plain)(x)))
+            found.append(len(losses) == (MICROBATCHES if with_loss else 0))
+            pairs = zip(losses, output.tensor_split(MICROBATCHES), y.tensor_split(MICROBATCHES), strict=False)
+            found += [torch.equal(loss, nn.functional.mse_loss(piece, target)) for loss, piece, target in pairs]
+    found += [weight.grad is None for stage in stages for weight in stage.submod.parameters()]
+    return found
+
+
+@api.ours_only("an order needs its backwards")
+@pytest.mark.parametrize("with_loss", [False, True])
+@pytest.mark.parametrize("form", ["compute_only", "compute_comms"])
+def test_an_order_without_backwards_runs_forward(form: str, with_loss: bool, tmp_path: Path) -> None:
+    order, placement = build_order("ForwardOnly", 2, 4, MICROBATCHES)
+    whole = insert_communication(insert_unshard(order), placement, backward=False)
+    dump_order(tmp_path / "order.csv", order if form == "compute_only" else whole)
+    found = ranks.run(_run_forwards, 2, path=str(tmp_path / "order.csv"), form=form, with_loss=with_loss)
+    assert all(map(all, found)) and len(found[1]) >= 8
+
+
+@api.ours_only("an order needs its backwards")
+def test_an_order_with_some_of_its_backwards_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "order.csv").write_text("0F0,0SEND_F0,0RECV_B0,0B0\r\n1RECV_F0,1F0,1B0,1SEND_B0\r\n")
+    stages = [FakeStage(0, 2, 0, 2)]
+    _load(str(tmp_path / "order.csv"), "compute_comms", stages, 1, None)
+    (tmp_path / "order.csv").write_text("0F0,0SEND_F0\r\n1RECV_F0,1F0,1B0\r\n")
+    with pytest.raises(ValueError, match="no B .nor I and W. of microbatch 0 on stage 0"):
+        _load(str(tmp_path / "order.csv"), "compute_comms", stages, 1, None)
 
 
 @api.ours_only("checks little")

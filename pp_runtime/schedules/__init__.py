@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 from pp_runtime.ir import (
     BACKWARD_INPUT,
     BACKWARD_WEIGHT,
@@ -43,12 +40,41 @@ from pp_runtime.schedules.named import (
 from pp_runtime.schedules.registry import get_schedule_class
 from pp_runtime.schedules.runtime_schedule import _PipelineScheduleRuntime
 from pp_runtime.schedules.single import PipelineScheduleSingle
+from pp_runtime.schedules.torch_names import (
+    _TARGET_CHUNK_SPEC,
+    B,
+    F,
+    I,
+    W,
+    _batch_p2p,
+    _check_torch_compile_compatibility,
+    _sorted_batch_p2p,
+    _wait_batch_p2p,
+)
+from pp_runtime.schedules.torch_passes import (
+    _add_reduce_grad,
+    _add_send_recv,
+    _add_unshard_reshard,
+    _defer_recv_ops,
+    _merge_bw,
+    _requires_reduce_grad,
+    _validate_schedule,
+)
+from pp_runtime.schedules.torch_steps import (
+    _dump_chrometrace,
+    _format_pipeline_order,
+    _get_profiler_function_name,
+    _simulate_comms_compute,
+)
 
 __all__ = [
+    "B",
     "BACKWARD_INPUT",
     "BACKWARD_WEIGHT",
+    "F",
     "FORWARD",
     "FULL_BACKWARD",
+    "I",
     "OVERLAP_F_B",
     "PipelineScheduleMulti",
     "PipelineScheduleSingle",
@@ -72,6 +98,7 @@ __all__ = [
     "ScheduleZBVZeroBubble",
     "TensorChunkSpec",
     "UNSHARD",
+    "W",
     "_Action",
     "_ComputationType",
     "_CustomFunctionProtocol",
@@ -79,12 +106,21 @@ __all__ = [
     "_PipelineSchedule",
     "_PipelineScheduleRuntime",
     "_ScheduleForwardOnly",
+    "_TARGET_CHUNK_SPEC",
+    "_add_reduce_grad",
+    "_add_send_recv",
+    "_add_unshard_reshard",
+    "_batch_p2p",
+    "_check_torch_compile_compatibility",
+    "_defer_recv_ops",
+    "_dump_chrometrace",
+    "_format_pipeline_order",
+    "_get_profiler_function_name",
+    "_merge_bw",
+    "_requires_reduce_grad",
+    "_simulate_comms_compute",
+    "_sorted_batch_p2p",
+    "_validate_schedule",
     "_wait_batch_p2p",
     "get_schedule_class",
 ]
-
-
-def _wait_batch_p2p(work: Iterable[Any]) -> None:
-    """Wait for each of some works, as custom functions do with what they take from ``fwd_recv_ops``."""
-    for each in work:
-        each.wait()

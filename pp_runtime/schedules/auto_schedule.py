@@ -40,6 +40,7 @@ class ScheduleAuto(_PipelineScheduleRuntime):
         costs: Costs | None = None,
         memory_cap: int | None = None,
         placement: Placement | None = None,
+        target_chunk_spec: Any = None,
     ) -> None:
         self._costs, self._memory_cap, self._wanted_placement = costs, memory_cap, placement
         super().__init__(
@@ -52,6 +53,7 @@ class ScheduleAuto(_PipelineScheduleRuntime):
             scale_grads=scale_grads,
             backward_requires_autograd=backward_requires_autograd,
             defer_pp_recv=defer_pp_recv,
+            target_chunk_spec=target_chunk_spec,
         )
 
     def _order_builder(self) -> None:

@@ -16,9 +16,15 @@ from pp_runtime.gradients import StepGradients
 from pp_runtime.ir import FORWARD, REDUCE_GRAD, ActionType
 from pp_runtime.microbatch import TensorChunkSpec
 from pp_runtime.schedules.batches import BatchHandling
-from pp_runtime.schedules.checks import check_chunk_spec, check_loss_function, check_microbatch_count
+from pp_runtime.schedules.checks import (
+    check_chunk_spec,
+    check_loss_function,
+    check_microbatch_count,
+    check_stages_can_run,
+)
 from pp_runtime.schedules.custom_context import CurrentStep, _PipelineContext, backwards_before_each_action
 from pp_runtime.schedules.custom_functions import CustomFunctions
+from pp_runtime.schedules.initialization import StageInitialization
 from pp_runtime.schedules.order_holder import OrderHolder, has_backwards
 from pp_runtime.schedules.replaced_methods import method_handlers, modules_of
 from pp_runtime.tied import ties_of
@@ -31,7 +37,7 @@ if TYPE_CHECKING:
     from pp_runtime.timeline import Timeline
 
 
-class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
+class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitialization, ABC):
     """Runs whole batches through the pipeline, by an order that its subclass names.
 
     Making a schedule talks to no other rank; the first step does.
@@ -50,6 +56,8 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
         kwargs_chunk_spec: dict[str, TensorChunkSpec] | None = None,
         output_merge_spec: dict[str, Any] | tuple[Any] | None = None,
         scale_grads: bool = True,
+        *,
+        target_chunk_spec: Any = None,
     ) -> None:
         super().__init__()
         self._n_microbatches = check_microbatch_count(n_microbatches)
@@ -60,6 +68,8 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
         self._kwargs_chunk_spec = check_chunk_spec(
             kwargs_chunk_spec, "kwargs_chunk_spec", (dict,), "{'mask': TensorChunkSpec(0)}"
         )
+        # In the structure of the target, or one spec for all of it; None cuts along dimension 0.
+        self._target_chunk_spec = target_chunk_spec
         self._output_merge_spec = output_merge_spec
         # True divides the summed gradients by the number of microbatches, which suits a loss that averages over rows.
         self.scale_grads = scale_grads
@@ -91,6 +101,7 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
         Returns the whole batch's output there, unless ``return_outputs`` is False; None on other ranks.
         """
         try:
+            check_stages_can_run(self._stages)
             self._check_mode(target, loss_kwargs)
             if arg_mbs is None and kwarg_mbs is None and target_mbs is None:
                 arg_mbs, kwarg_mbs = self._split_inputs(args, kwargs)
@@ -102,7 +113,7 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
                 )
             self._check_loss_inputs(target_mbs, losses)
             self._check_inputs(arg_mbs, kwarg_mbs, target_mbs, losses)
-        except PipelineUsageError as error:
+        except Exception as error:
             self._refuse_step(error)
             raise
         self._step_microbatches(arg_mbs, kwarg_mbs, target_mbs, losses, return_outputs, loss_kwargs)
@@ -130,18 +141,19 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
         loss_kwargs: dict[str, Any] | None = None,
     ) -> None:
         """Run microbatches that are already cut; the last stage's outputs are left in its ``output_chunks``."""
-        arg_mbs, kwarg_mbs = self._check_inputs(arg_mbs, kwarg_mbs, target_mbs, losses)
-        for stage in self._stages:
-            stage.has_backward = self._has_backward
-            stage.chunks = self._n_microbatches
-            stage.output_chunks.clear()
-            stage._reset_caches()
-            stage._loss_modules = modules_of(self._loss_fn) if stage.is_last and self._has_backward else ()
-            stage.refresh()
-        runtime = self._ensure_runtime()
-        training = self._has_backward and self._order_has_backward
+        try:
+            arg_mbs, kwarg_mbs = self._check_inputs(arg_mbs, kwarg_mbs, target_mbs, losses)
+            for stage in self._stages:
+                self._prepare(stage)
+            first_target = None if target_mbs is None else target_mbs[0]
+            self._initialize_stages(arg_mbs[0], kwarg_mbs[0], first_target, loss_kwargs)
+            runtime = self._ensure_runtime()
+            training = self._has_backward and self._order_has_backward
+            gradients = self._gradients_of_step() if training else None
+        except Exception as error:
+            self._refuse_step(error)
+            raise
         self._begin_custom_step()
-        gradients = self._gradients_of_step() if training else None
         self._current_step.context = _PipelineContext(self, arg_mbs, kwarg_mbs, target_mbs, losses)
         self._current_step.return_outputs, self._current_step.loss_kwargs = return_outputs, loss_kwargs
         try:
@@ -176,6 +188,14 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
         if losses is not None:
             losses[:] = step_losses
 
+    def _prepare(self, stage: _PipelineStageBase) -> None:
+        stage.has_backward = self._has_backward
+        stage.chunks = self._n_microbatches
+        stage.output_chunks.clear()
+        stage._reset_caches()
+        stage._loss_modules = modules_of(self._loss_fn) if stage.is_last and self._has_backward else ()
+        stage.refresh()
+
     def _gradients_of_step(self) -> StepGradients | None:
         """What tells the gradients of this step from those of steps before; None where nobody needs to."""
         divides = self.scale_grads and self._n_microbatches > 1
@@ -184,11 +204,13 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
         return None
 
     def _finish_gradients(self, gradients: StepGradients) -> None:
+        if REDUCE_GRAD in self._comp_type_to_function_map:
+            gradients.end(None)
+            return
         divisor = self._n_microbatches if self.scale_grads else 1
-        if REDUCE_GRAD not in self._comp_type_to_function_map:
-            for stage in self._stages:
-                if "scale_grads" in stage.replaced():
-                    stage.scale_grads(divisor)
+        for stage in self._stages:
+            if "scale_grads" in stage.replaced():
+                stage.scale_grads(divisor)
         gradients.end(divisor)
 
     def _loss_to_run(self) -> Callable[..., torch.Tensor] | None:
@@ -220,6 +242,7 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
         if self._runtime is None:
             from pp_runtime.runtime import Runtime
 
+            check_stages_can_run(self._stages)
             order, with_comms = self._order_to_run()
             own_actions = order.get(self._stages[0].group_rank, [])
             self._order_has_backward = has_backwards([own_actions])
@@ -243,10 +266,14 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, ABC):
     def _order_changed(self) -> None:
         self._runtime = None
 
-    def _refuse_step(self, error: PipelineUsageError) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes a runtime of its own.
+        return self.__dict__ | {"_runtime": None}
+
+    def _refuse_step(self, error: Exception) -> None:
         """Tell the ranks that this one will not take part in the step, so that they raise and do not wait."""
         if self._stages[0].group_size > 1 and (self._order_is_known() or self._runtime is not None):
-            # The usage error is what its user must see, also if the others cannot be told.
+            # The error itself is what its user must see, also if the others cannot be told.
             with contextlib.suppress(Exception):
                 self._ensure_runtime().refuse(error)
             self._runtime = None

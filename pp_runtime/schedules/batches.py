@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pp_runtime.errors import PipelineTypeError, PipelineUsageError
-from pp_runtime.microbatch import TensorChunkSpec, merge_chunks, split_args_kwargs_into_chunks
+from pp_runtime.microbatch import TensorChunkSpec, merge_chunks, split_batch, split_target
 
 if TYPE_CHECKING:
     from pp_runtime.stage import _PipelineStageBase
@@ -18,6 +18,7 @@ class BatchHandling:
     _n_microbatches: int
     _args_chunk_spec: tuple[TensorChunkSpec, ...] | None
     _kwargs_chunk_spec: dict[str, TensorChunkSpec] | None
+    _target_chunk_spec: Any
     _output_merge_spec: Any
 
     def _last_stage(self) -> _PipelineStageBase | None:
@@ -26,29 +27,24 @@ class BatchHandling:
 
     def _split_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> tuple[list, list]:
         count = self._n_microbatches
-        if not any(stage.is_first for stage in self._stages):
+        holds_first = any(stage.is_first for stage in self._stages)
+        if not holds_first:
             args = ()  # as in torch, positional inputs count only where the first stage is
         if not args and not kwargs:
             return [()] * count, [{}] * count
-        arg_mbs, kwarg_mbs = split_args_kwargs_into_chunks(
-            args, kwargs, count, self._args_chunk_spec if args else None, self._kwargs_chunk_spec if kwargs else None
+        return split_batch(
+            tuple(args),
+            kwargs or {},
+            count,
+            self._args_chunk_spec if args else None,
+            self._kwargs_chunk_spec if kwargs else None,
+            batch_is_elsewhere=not holds_first,
         )
-        self._check_rows("input", len(arg_mbs))
-        return arg_mbs, kwarg_mbs
 
     def _split_target(self, target: Any) -> list | None:
         if target is None or self._last_stage() is None:
             return None
-        target_mbs, _ = split_args_kwargs_into_chunks((target,), None, self._n_microbatches)
-        self._check_rows("target", len(target_mbs))
-        return [piece for (piece,) in target_mbs]
-
-    def _check_rows(self, name: str, rows: int) -> None:
-        if rows < self._n_microbatches:
-            raise PipelineUsageError(
-                f"the {name} has a batch of {rows}, which cannot be cut into {self._n_microbatches} microbatches: "
-                f"use a batch of at least {self._n_microbatches}, or a schedule with n_microbatches={max(rows, 1)}"
-            )
+        return split_target(target, self._n_microbatches, self._target_chunk_spec)
 
     def _check_inputs(
         self,

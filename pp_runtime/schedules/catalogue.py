@@ -66,3 +66,8 @@ def build_order(name: str, num_ranks: int, num_stages: int, num_microbatches: in
         raise ValueError(f"'{name}' is not an order; the orders are {', '.join(ORDERS)}.")
     order = spec.build(num_ranks, num_stages, num_microbatches)
     return order, spec.placement(num_ranks, num_stages)
+
+
+def named_order(name: str, num_ranks: int, num_stages: int, num_microbatches: int) -> Order:
+    """The compute actions alone of a named order."""
+    return build_order(name, num_ranks, num_stages, num_microbatches)[0]

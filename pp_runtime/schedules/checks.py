@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pp_runtime.errors import PipelineTypeError, PipelineUsageError
+from pp_runtime.errors import PipelineModeError, PipelineTypeError, PipelineUsageError
 
 if TYPE_CHECKING:
     from pp_runtime.stage import _PipelineStageBase
@@ -70,17 +70,30 @@ def check_stages(stages: Any) -> list[_PipelineStageBase]:
     first = checked[0]
     seen: set[int] = set()
     for stage in checked:
-        if stage.stage_index in seen:
-            raise PipelineUsageError(f"stage {stage.stage_index} is in the list twice: give each stage its own index")
-        seen.add(stage.stage_index)
+        # Planners make schedules of stages that only say how many stages and ranks there are.
+        index, first_index = getattr(stage, "stage_index", None), getattr(first, "stage_index", None)
+        if index in seen:
+            raise PipelineUsageError(f"stage {index} is in the list twice: give each stage its own index")
+        if index is not None:
+            seen.add(index)
         if stage.num_stages != first.num_stages:
             raise PipelineUsageError(
-                f"stage {stage.stage_index} says num_stages={stage.num_stages} but stage {first.stage_index} says "
+                f"stage {index} says num_stages={stage.num_stages} but stage {first_index} says "
                 f"{first.num_stages}: make all stages with the same num_stages"
             )
         if (stage.group_rank, stage.group_size) != (first.group_rank, first.group_size):
             raise PipelineUsageError(
-                f"stage {stage.stage_index} is rank {stage.group_rank} of {stage.group_size} in its group but stage "
-                f"{first.stage_index} is rank {first.group_rank} of {first.group_size}: make all with the same group"
+                f"stage {index} is rank {stage.group_rank} of {stage.group_size} in its group but stage "
+                f"{first_index} is rank {first.group_rank} of {first.group_size}: make all with the same group"
             )
     return checked
+
+
+def check_stages_can_run(stages: Sequence[_PipelineStageBase]) -> None:
+    """An error if a stage was made without the constructor of its base: it has an order, but nothing to run."""
+    for stage in stages:
+        if not hasattr(stage, "_core"):
+            raise PipelineModeError(
+                f"this schedule can be planned and not run: its {type(stage).__name__} was made without calling "
+                "super().__init__(submodule, stage_index, num_stages, device), which step() needs"
+            )

@@ -80,6 +80,7 @@ class CurrentStep:
                 self.backward_counter.clear()
                 self.backward_counter.update(before)
             function(action, self.context)
+            self.context.schedule_ref._take_appended_losses(action)
 
         return call
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from pp_runtime.errors import PipelineModeError, PipelineTypeError
-from pp_runtime.ir import ActionType
+from pp_runtime.ir import FORWARD, Action, ActionType, leaves
 from pp_runtime.schedules.custom_context import CurrentStep, _CustomFunctionProtocol, check_custom_type
+from pp_runtime.schedules.step_losses import StepLosses
 
 
 class CustomFunctions:
@@ -20,13 +21,13 @@ class CustomFunctions:
     _loss_fn: Callable[..., Any] | None
     _has_backward: bool
     _runtime: Any
+    _stages: Any
 
     def __init__(self) -> None:
         super().__init__()
         self._comp_type_to_function_map: dict[ActionType, _CustomFunctionProtocol] = {}
         self._current_step = CurrentStep()
-        # Losses that custom functions computed in this step, by microbatch.
-        self._internal_losses: dict[int, torch.Tensor] = {}
+        self._step_losses = StepLosses()
 
     def register_custom_function(self, computation_type: ActionType, custom_function: _CustomFunctionProtocol) -> None:
         """Have ``custom_function(action, context)`` do every action of this type, in place of the runtime.
@@ -39,12 +40,16 @@ class CustomFunctions:
         self._runtime = None  # the next step is planned anew
 
     def _begin_custom_step(self) -> None:
-        self._internal_losses.clear()
+        self._step_losses.clear()
         self._current_step.backward_counter.clear()
+        for stage in self._stages:
+            stage._inside_step = True
 
     def _end_custom_step(self) -> None:
-        self._internal_losses.clear()
+        self._step_losses.clear()
         self._current_step.context = None
+        for stage in self._stages:
+            stage._inside_step = False
 
     def _handlers(self) -> dict[ActionType, Callable[..., None]]:
         return {kind: self._current_step.handler(func) for kind, func in self._comp_type_to_function_map.items()}
@@ -59,6 +64,16 @@ class CustomFunctions:
             raise PipelineModeError("there is no loss to compute: pass loss_fn when making the schedule")
         return self._loss_fn(output, target, **(loss_kwargs or {}))
 
+    @property
+    def _internal_losses(self) -> list[torch.Tensor]:
+        """The losses that custom functions computed in this step, as they came. They may append their own."""
+        return self._step_losses.values
+
+    @_internal_losses.setter
+    def _internal_losses(self, losses: list[torch.Tensor]) -> None:
+        self._step_losses = StepLosses()
+        self._step_losses.values.extend(losses)
+
     def _maybe_compute_loss(
         self, stage: Any, output: Any, target_mbs: list | None, mb_index: int, loss_kwargs: Any = None
     ) -> None:
@@ -66,16 +81,46 @@ class CustomFunctions:
         if stage.is_last and self._loss_fn is not None:
             target = None if target_mbs is None else target_mbs[mb_index]
             loss = self._compute_loss(output, target, loss_kwargs)
-            self._internal_losses[mb_index] = loss
-            if self._has_backward and loss.requires_grad:
-                stage._core.set_loss(mb_index, loss)  # where a backward without a handler begins
+            self._step_losses.add(mb_index, loss)
+            self._begin_backward_at(stage, mb_index, loss)
+
+    def _begin_backward_at(self, stage: Any, mb_index: int, loss: torch.Tensor) -> None:
+        if self._has_backward and loss.requires_grad:
+            stage._core.set_loss(mb_index, loss)  # where a backward without a handler begins
 
     def _maybe_get_loss(self, stage: Any, mb_index: int) -> Any:
         """For custom functions that run a backward: this microbatch's loss, or None if the stage is not the last.
 
         None also if the runtime ran the forward: it then holds the loss, and ``backward_one_chunk`` starts from it.
         """
-        return self._internal_losses.get(mb_index) if stage.is_last else None
+        loss = self._step_losses.of(mb_index) if stage.is_last else None
+        if loss is None and stage.is_last and self._internal_losses and FORWARD in self._comp_type_to_function_map:
+            raise PipelineModeError(
+                f"the loss of microbatch {mb_index} is not available: {len(self._internal_losses)} losses have been "
+                "computed in this step, by custom forwards of other microbatches"
+            )
+        return loss
+
+    def _take_appended_losses(self, action: Action) -> None:
+        """After a custom function: losses that it appended to ``_internal_losses`` are those of its forwards."""
+        last = next((stage for stage in self._stages if stage.is_last), None)
+        if last is not None:
+            forwards = [part for part in leaves((action,)) if part.computation_type is FORWARD]
+            mine = [part.microbatch_index or 0 for part in forwards if part.stage_index == last.stage_index]
+            for microbatch, loss in self._step_losses.claim(mine):
+                self._begin_backward_at(last, microbatch, loss)
+
+    def _update_losses(self, stages: Any, losses: list | None) -> None:
+        """For programs with a step of their own: give and forget the losses, if the last stage is among the stages."""
+        holds_last = any(stage.is_last for stage in (stages if isinstance(stages, list) else [stages]))
+        if holds_last and losses is not None:
+            if len(self._internal_losses) != self._n_microbatches:
+                raise PipelineModeError(
+                    f"{self._n_microbatches} losses were expected, one for each microbatch, but "
+                    f"{len(self._internal_losses)} have been computed"
+                )
+            losses[:] = self._step_losses.in_order()
+        self._step_losses.clear()
 
     def _all_outputs(self, outputs: list[Any] | None, custom: list[Any]) -> list[Any]:
         """The last stage's outputs in microbatch order; ``custom`` are those of custom forwards, as they ran."""
@@ -91,7 +136,7 @@ class CustomFunctions:
         rest = iter(runtime_losses)
         merged: list[torch.Tensor] = []
         for microbatch in range(self._n_microbatches):
-            custom = self._internal_losses.get(microbatch)
+            custom = self._step_losses.of(microbatch)
             loss = next(rest, None) if custom is None else custom.detach()
             if loss is None:
                 raise PipelineModeError(

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pp_runtime.ir import Order, Placement
+from pp_runtime.ir import Order, Placement, from_torch_form
 from pp_runtime.microbatch import TensorChunkSpec
 from pp_runtime.schedules.base import _PipelineSchedule
-from pp_runtime.schedules.catalogue import build_order
+from pp_runtime.schedules.catalogue import build_order, named_order
 from pp_runtime.schedules.checks import check_stages
+from pp_runtime.schedules.order_holder import TorchOrder, has_backwards
 from pp_runtime.schedules.placement import looped
 from pp_runtime.schedules.refusal import refusal_told_to_other_ranks
+from pp_runtime.schedules.torch_passes import proved_placement
 
 if TYPE_CHECKING:
     from pp_runtime.stage import _PipelineStageBase
@@ -24,6 +26,9 @@ class PipelineScheduleMulti(_PipelineSchedule):
 
     A named schedule has its stages looped (stage ``i`` on rank ``i % ranks``) or in a V, as its order says; a file
     says it for itself. ``stage_index_to_group_rank`` tells.
+
+    ``target_chunk_spec`` says how targets are cut, as the other specs do for inputs: in the structure of the target, or
+    one spec for all its tensors. None cuts along dimension 0.
     """
 
     def __init__(
@@ -37,8 +42,18 @@ class PipelineScheduleMulti(_PipelineSchedule):
         use_full_backward: bool | None = None,
         scale_grads: bool = True,
         backward_requires_autograd: bool = True,
+        *,
+        target_chunk_spec: Any = None,
     ) -> None:
-        super().__init__(n_microbatches, loss_fn, args_chunk_spec, kwargs_chunk_spec, output_merge_spec, scale_grads)
+        super().__init__(
+            n_microbatches,
+            loss_fn,
+            args_chunk_spec,
+            kwargs_chunk_spec,
+            output_merge_spec,
+            scale_grads,
+            target_chunk_spec=target_chunk_spec,
+        )
         self._stages = check_stages(stages)
         self._num_stages = self.num_stages = self._stages[0].num_stages
         self.n_local_stages = len(self._stages)
@@ -63,11 +78,19 @@ class PipelineScheduleMulti(_PipelineSchedule):
         """What builds the order once more; None where it must be kept. Holds no stage."""
         if self._order_name is None:
             return None
-        build = partial(build_order, self._order_name, self.pp_group_size, self._num_stages, self._n_microbatches)
-        return lambda: build()[0]
+        return partial(named_order, self._order_name, self.pp_group_size, self._num_stages, self._n_microbatches)
 
     def _build_order(self) -> tuple[Order, Placement] | None:
         """The order and the placement of the stages; None where a file or an assignment will bring them."""
         if self._order_name is None:
             return None
         return build_order(self._order_name, self.pp_group_size, self._num_stages, self._n_microbatches)
+
+    def _validate_and_set_stage_mapping(self, actions: TorchOrder) -> None:
+        """Prove an order at once, and take its placement of the stages; the order itself is not taken."""
+        forward_only = not has_backwards(from_torch_form(actions).values())
+        self._place(
+            proved_placement(
+                actions, self.pp_group_size, self._num_stages, self._n_microbatches, forward_only=forward_only
+            )
+        )

@@ -67,6 +67,8 @@ class ScheduleLoopedBFS(_PipelineScheduleRuntime):
         scale_grads: bool = True,
         backward_requires_autograd: bool = True,
         defer_pp_recv: bool = False,
+        *,
+        target_chunk_spec: Any = None,
     ) -> None:
         super().__init__(
             stages=stages,
@@ -76,6 +78,7 @@ class ScheduleLoopedBFS(_PipelineScheduleRuntime):
             scale_grads=scale_grads,
             backward_requires_autograd=backward_requires_autograd,
             defer_pp_recv=defer_pp_recv,
+            target_chunk_spec=target_chunk_spec,
         )
 
 
@@ -93,6 +96,8 @@ class _NamedMultiSchedule(_PipelineScheduleRuntime):
         scale_grads: bool = True,
         backward_requires_autograd: bool = True,
         defer_pp_recv: bool = False,
+        *,
+        target_chunk_spec: Any = None,
     ) -> None:
         super().__init__(
             stages=stages,
@@ -104,6 +109,7 @@ class _NamedMultiSchedule(_PipelineScheduleRuntime):
             scale_grads=scale_grads,
             backward_requires_autograd=backward_requires_autograd,
             defer_pp_recv=defer_pp_recv,
+            target_chunk_spec=target_chunk_spec,
         )
 
 

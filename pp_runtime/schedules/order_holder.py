@@ -142,10 +142,8 @@ class OrderHolder:
                 f"the order is for {len(placement)} stages on {max(placement, default=-1) + 1} ranks, but this "
                 f"pipeline has {stages} stages on {group_size} ranks: use an order made for this pipeline"
             )
-        if with_comms:
-            verify_communication(order, placement, self._n_microbatches)
-        else:
-            verify(order, placement, self._n_microbatches, forward_only=not has_backwards(order.values()))
+        check = verify_communication if with_comms else verify
+        check(order, placement, self._n_microbatches, forward_only=not has_backwards(order.values()))
         self._place(placement)
 
     def _order_changed(self) -> None:

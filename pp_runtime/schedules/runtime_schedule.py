@@ -7,6 +7,7 @@ from typing import Any
 from pp_runtime.csv_files import FileFormat
 from pp_runtime.schedules.multi import PipelineScheduleMulti
 from pp_runtime.schedules.order_holder import TorchOrder
+from pp_runtime.schedules.torch_steps import _simulate_comms_compute
 
 
 class _AllDone(dict):
@@ -51,3 +52,9 @@ class _PipelineScheduleRuntime(PipelineScheduleMulti):
     def _prepare_schedule_with_comms(self, actions: TorchOrder, format: FileFormat = "compute_only") -> None:
         """Take an order that is made in memory, and check it."""
         self._take_order(actions, format)
+
+    def _simulate(self) -> TorchOrder:
+        """The order with its sends and receives step by step, every action taking one."""
+        return _simulate_comms_compute(
+            self.pipeline_order_with_comms, self.stage_index_to_group_rank.__getitem__, self._num_stages
+        )

@@ -11,7 +11,7 @@ from pp_runtime.ir import Action, Order
 from pp_runtime.microbatch import TensorChunkSpec
 from pp_runtime.passes.data_parallel import insert_reduce_grad
 from pp_runtime.schedules.base import _PipelineSchedule
-from pp_runtime.schedules.catalogue import build_order
+from pp_runtime.schedules.catalogue import build_order, named_order
 from pp_runtime.schedules.checks import check_stage
 from pp_runtime.schedules.order_holder import TorchOrder
 from pp_runtime.schedules.refusal import refusal_told_to_other_ranks
@@ -25,6 +25,9 @@ class PipelineScheduleSingle(_PipelineSchedule):
 
     With ``scale_grads`` the gradients are divided by the number of microbatches after the backward, which suits a
     loss function that averages; turn it off for one that sums.
+
+    ``target_chunk_spec`` says how targets are cut, as the other specs do for inputs: in the structure of the target, or
+    one spec for all its tensors. None cuts along dimension 0.
     """
 
     def __init__(
@@ -36,15 +39,25 @@ class PipelineScheduleSingle(_PipelineSchedule):
         kwargs_chunk_spec: dict[str, TensorChunkSpec] | None = None,
         output_merge_spec: dict[str, Any] | tuple[Any] | None = None,
         scale_grads: bool = True,
+        *,
+        target_chunk_spec: Any = None,
     ) -> None:
-        super().__init__(n_microbatches, loss_fn, args_chunk_spec, kwargs_chunk_spec, output_merge_spec, scale_grads)
+        super().__init__(
+            n_microbatches,
+            loss_fn,
+            args_chunk_spec,
+            kwargs_chunk_spec,
+            output_merge_spec,
+            scale_grads,
+            target_chunk_spec=target_chunk_spec,
+        )
         self._stage = check_stage(stage)
         self._num_stages = stage.num_stages
         with refusal_told_to_other_ranks(stage):
             self._check_one_stage_a_rank()
             if self._order_name is not None:
-                build = partial(build_order, self._order_name, stage.group_size, stage.num_stages, self._n_microbatches)
-                self._set_order(*build(), rebuild=lambda: build()[0])
+                counts = self._order_name, stage.group_size, stage.num_stages, self._n_microbatches
+                self._set_order(*build_order(*counts), rebuild=partial(named_order, *counts))
         own = type(self)._get_pipeline_order is not PipelineScheduleSingle._get_pipeline_order
         if own and self._order_name is None:
             self.pipeline_order = self._get_pipeline_order() or {}
