@@ -180,8 +180,8 @@ void bind_stage(py::module_& m) {
       .value("INPUT", BackwardKind::kInput)
       .value("WEIGHT", BackwardKind::kWeight);
   py::class_<StageCallbacks>(m, "StageCallbacks")
-      .def(py::init([](py::object forward, py::object flatten, py::object unflatten, py::object unwrap,
-                       py::object wrap, py::object before, py::object after, py::object dw_builder) {
+      .def(py::init([](py::object forward, py::object flatten, py::object unflatten, py::object unwrap, py::object wrap,
+                       py::object before, py::object after, py::object dw_builder) {
              return StageCallbacks{std::move(forward), std::move(flatten), std::move(unflatten), std::move(unwrap),
                                    std::move(wrap),    std::move(before),  std::move(after),     std::move(dw_builder)};
            }),

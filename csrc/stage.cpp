@@ -70,6 +70,33 @@ bool is_wrapper(const at::Tensor& tensor) {
   return tensor.defined() && tensor.unsafeGetTensorImpl()->key_set().has(c10::DispatchKey::Python);
 }
 
+/// Whether something that a program gives to a stage may be, or hold, a leaf that requires a gradient.
+bool may_require_grad(PyObject* value) {
+  if (THPVariable_Check(value)) {
+    return THPVariable_Unpack(value).requires_grad();
+  }
+  return !(value == Py_None || PyLong_Check(value) || PyFloat_Check(value) || PyUnicode_Check(value));
+}
+
+bool any_may_require_grad(PyObject* args, PyObject* kwargs) {
+  if (args != nullptr && PyTuple_Check(args)) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args); ++i) {
+      if (may_require_grad(PyTuple_GET_ITEM(args, i))) {
+        return true;
+      }
+    }
+  }
+  if (kwargs != nullptr && PyDict_Check(kwargs)) {
+    PyObject* value = nullptr;
+    for (Py_ssize_t place = 0; PyDict_Next(kwargs, &place, nullptr, &value) != 0;) {
+      if (may_require_grad(value)) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
 bool is_given(const py::object& object) { return object && !object.is_none(); }
 
 /// Calls `before`, the work, and `after` (also where the work throws), as a context manager would.
@@ -184,6 +211,7 @@ py::object Stage::forward(size_t microbatch, PyObject* args, PyObject* kwargs) {
   if (!output) {
     throw py::error_already_set();
   }
+  state.may_have_own_leaves = leaves_ && any_may_require_grad(is_first_ ? args : nullptr, kwargs);
   if (!is_last_) {
     keep_outputs(state, output);
   }
@@ -212,7 +240,7 @@ void Stage::keep_outputs(Microbatch& state, const py::object& output) {
         state.output_requires_grad[i] = 1;
       }
     }
-    look_for_leaves(state.output_edges);
+    look_for_leaves(state, state.output_edges);
   }
   Message message{.frame = {}, .tensors = std::move(tensors), .requires_grad = {}, .structure = {}};
   unwrap(message);
@@ -240,8 +268,10 @@ void Stage::wrap(Message& message) {
       tensors_of(callbacks_.wrap(list_of(message.tensors), py::bytes(std::exchange(message.wrappings, {}))));
 }
 
-void Stage::look_for_leaves(const torch::autograd::edge_list& edges) {
-  if (leaves_) {
+/// The modules and the loss are the same for all microbatches, so that one graph shows their leaves; inputs are not.
+void Stage::look_for_leaves(Microbatch& state, const torch::autograd::edge_list& edges) {
+  if (leaves_ && (!has_looked_for_leaves_ || state.may_have_own_leaves)) {
+    has_looked_for_leaves_ = true;
     leaves_->visit(edges);
   }
 }
@@ -253,8 +283,9 @@ Message Stage::activation(const Edge& edge, size_t microbatch) const {
   if (edge.outputs.empty()) {
     message.structure = state.output_structure;
   } else if (!state.output_wrappings.empty()) {
-    throw std::runtime_error(name_of(index_, microbatch) +
-                             ": a traced stage returned a DTensor, which its edges cannot carry: return its to_local()");
+    throw std::runtime_error(
+        name_of(index_, microbatch) +
+        ": a traced stage returned a DTensor, which its edges cannot carry: return its to_local()");
   }
   message.wrappings = state.output_wrappings;
   message.tensors.reserve(count);
@@ -289,7 +320,7 @@ void Stage::set_loss(size_t microbatch, const at::Tensor& loss) {
   Microbatch& state = at(microbatch);
   state.loss = torch::autograd::impl::gradient_edge(loss);
   state.loss_gradient = at::ones_like(loss);
-  look_for_leaves({state.loss});
+  look_for_leaves(state, {state.loss});
 }
 
 void Stage::accept_gradient(const Edge& edge, size_t microbatch, Message message) {

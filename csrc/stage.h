@@ -65,7 +65,10 @@ class Stage {
   void set_callbacks(StageCallbacks callbacks);
   bool is_data_parallel() const { return is_data_parallel_; }
   /// Where leaves of this stage's graphs are looked for, until it is null.
-  void follow_leaves(std::shared_ptr<StepLeaves> leaves) { leaves_ = std::move(leaves); }
+  void follow_leaves(std::shared_ptr<StepLeaves> leaves) {
+    leaves_ = std::move(leaves);
+    has_looked_for_leaves_ = false;
+  }
 
   /// Without the GIL, or with it.
   void begin_step(size_t microbatches, bool training, uint64_t step);
@@ -134,6 +137,8 @@ class Stage {
     SharedPython weight_runner;
     std::vector<at::Tensor> given_gradients;
     bool has_given_gradients = false;
+    /// Its graph may end in leaves that no other microbatch's does.
+    bool may_have_own_leaves = true;
   };
 
   Microbatch& at(size_t microbatch);
@@ -142,7 +147,7 @@ class Stage {
   pybind11::object build_args(const std::vector<at::Tensor>& tensors, std::string structure);
   void unwrap(Message& message);
   void wrap(Message& message);
-  void look_for_leaves(const torch::autograd::edge_list& edges);
+  void look_for_leaves(Microbatch& state, const torch::autograd::edge_list& edges);
   std::vector<at::Tensor> graph_of(const Microbatch& state, BackwardKind kind) const;
   void keep_outputs(Microbatch& state, const pybind11::object& output);
   Roots take_roots(Microbatch& state);
@@ -157,6 +162,7 @@ class Stage {
   StageCallbacks callbacks_;
   bool is_data_parallel_ = false;
   std::shared_ptr<StepLeaves> leaves_;
+  bool has_looked_for_leaves_ = false;
   std::vector<Edge> in_edges_;
   std::vector<Edge> out_edges_;
   std::vector<Microbatch> microbatches_;

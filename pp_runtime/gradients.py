@@ -40,14 +40,11 @@ class StepGradients:
             adapter = stage.adapter()
             if adapter is not None:
                 adapter.reshard()  # the parameters that an optimizer has, not the gathered ones
-            in_buffers = adapter is not None and adapter.keeps_gradients()
-            for parameter in _parameters(stage.modules()):
-                key = id(parameter)
-                if key in self._parameters:
-                    self._shared.add(key)
-                self._parameters[key] = parameter
-                if in_buffers:
-                    self._in_buffers.add(key)
+            own = {id(parameter): parameter for module in stage.modules() for parameter in module.parameters()}
+            if adapter is not None and adapter.keeps_gradients():
+                self._in_buffers.update(own)
+            self._shared.update(self._parameters.keys() & own.keys())
+            self._parameters.update(own)
 
     def begin(self) -> None:
         """Set aside what the gradients hold, and look for other leaves from now on."""
@@ -124,7 +121,3 @@ def _put_back(parameter: torch.Tensor, before: torch.Tensor, *, in_buffer: bool)
     else:
         # In place, for programs that hold the gradients themselves.
         parameter.grad = before.add_(added)
-
-
-def _parameters(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Parameter]:
-    return [parameter for module in modules for parameter in module.parameters()]
