@@ -108,6 +108,7 @@ void in_context(const StageCallbacks& callbacks, bool last, const std::vector<at
   }
   const auto leave = [&] {
     py::gil_scoped_acquire gil;
+    const py::error_scope raised;  // what the work raised may be set already
     callbacks.after_backward(last);
   };
   try {

@@ -192,6 +192,7 @@ class Wrapped:
     sharded: tuple[Any, ...] = ()
     replicated: tuple[DistributedDataParallel, ...] = ()
     composable: tuple[torch.nn.Module, ...] = ()
+    flat: tuple[torch.nn.Module, ...] = ()  # of the first FSDP, those that shard
 
     @staticmethod
     def of(modules: Iterable[torch.nn.Module]) -> Wrapped:
@@ -215,7 +216,22 @@ class Wrapped:
                 inside |= kind
             if children := module._modules:
                 to_visit += [(child, inside) for child in reversed(children.values()) if child is not None]
-        return Wrapped(tuple(found[_SHARDED]), tuple(found[_REPLICATED]), tuple(found[_COMPOSABLE]))
+        flat = [module for module in found[_FLAT] if module.sharding_strategy.name != "NO_SHARD"]
+        return Wrapped(tuple(found[_SHARDED]), tuple(found[_REPLICATED]), tuple(found[_COMPOSABLE]), tuple(flat))
+
+    def objection(self) -> str | None:
+        """Why a stage with these cannot run; None if it can."""
+        if any(module.static_graph for module in self.replicated):
+            return (
+                "is in a DistributedDataParallel with static_graph=True, which takes each microbatch for an iteration: "
+                "leave static_graph out"
+            )
+        if self.flat:
+            return (
+                "is in a FullyShardedDataParallel, which frees weights that other microbatches still need: "
+                "use torch.distributed.fsdp.fully_shard"
+            )
+        return None
 
     def adapter(self) -> DataParallelAdapter | None:
         """What they need around the pipeline's actions; None if there are none."""
@@ -235,7 +251,7 @@ def adapter_for(*modules: torch.nn.Module) -> DataParallelAdapter | None:
 
 
 _Kind = int
-_SHARDED, _REPLICATED, _COMPOSABLE = _KINDS = (1, 2, 4)
+_SHARDED, _REPLICATED, _COMPOSABLE, _FLAT = _KINDS = (1, 2, 4, 8)
 
 
 def _kind_of(cls: type) -> _Kind:
@@ -245,6 +261,8 @@ def _kind_of(cls: type) -> _Kind:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and issubclass(cls, fsdp.FSDPModule):
         return _SHARDED
+    if fsdp is not None and issubclass(cls, fsdp.FullyShardedDataParallel):
+        return _FLAT
     composable = sys.modules.get("torch.distributed._composable.replicate")
     return _COMPOSABLE if composable is not None and issubclass(cls, composable.DDP) else 0
 

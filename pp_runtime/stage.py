@@ -131,6 +131,8 @@ class _PipelineStageBase(ChunkMethods, TorchStageNames, CopiedStage):
         """See what a program did to this stage since the last step: wrapped, unwrapped or replaced its module."""
         wrapped = Wrapped.of(self.modules())
         if wrapped != self._wrapped:
+            if (objection := wrapped.objection()) is not None:
+                raise PipelineUsageError(f"stage {self.stage_index} {objection}")
             self._wrapped, self._adapter = wrapped, wrapped.adapter()
         if self._known != (self.modules(), self.dw_builder, self._meter, self._wrapped):
             self._core.set_callbacks(self._callbacks())

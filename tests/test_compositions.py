@@ -230,3 +230,29 @@ def _count(rank: int, schedules: list[str], kinds: list[str]) -> list[str]:
 def test_each_stage_gathers_once_and_reduces_once_a_step() -> None:
     kinds = ["FSDP2, after", "DDP, after", "replicate, after"]
     assert ranks.run(_count, 4, schedules=EVERY_SCHEDULE, kinds=kinds) == [[]] * 4
+
+
+def _refused(rank: int, kind: str) -> str:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("pipeline", "data"))
+    place = mesh.get_coordinate()[0]
+    stages = make_stages({place: Part()}, 2, mesh["pipeline"].get_group())
+    schedule = make_schedule("1F1B", stages, MICROBATCHES, _loss)
+    if place == 1 and kind == "FSDP1":
+        group = mesh["data"].get_group()
+        stages[0].submod = FullyShardedDataParallel(Part(), process_group=group, device_id=torch.device("cpu"))
+    elif place == 1:
+        stages[0].submod = _ddp(Part(), mesh, static_graph=True)
+    batch = _batch(0)
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        schedule.step(*(batch.args if place == 0 else ()), **({"target": batch.target} if place == 1 else {}))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"), [("FSDP1", "use torch.distributed.fsdp.fully_shard"), ("static", "leave static_graph out")]
+)
+def test_wrappers_that_cannot_be_right_are_refused_on_every_rank(kind: str, says: str) -> None:
+    for message in ranks.run(_refused, 4, kind=kind):
+        assert "stage 1 is in a" in message and says in message, message
