@@ -103,6 +103,9 @@ KINDS: dict[str, tuple[Callable[..., nn.Module] | None, tuple[int, int], str]] =
 }
 
 
+ON_8_RANKS = {"FSDP2 + TP of 8 ranks": (_fsdp_and_tensor_parallel, (2, 2), "after")}
+
+
 def _loss(output: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(output.to_local() if hasattr(output, "to_local") else output, target)
 
@@ -113,7 +116,7 @@ def _whole(value: Any) -> Any:
 
 def _compare(rank: int, schedule_name: str, kind: str, scaling: str) -> list[str]:
     """Train two steps; what differs from the plain model on all of the data."""
-    wrap, (data, tensor), when = KINDS[kind]
+    wrap, (data, tensor), when = (KINDS | ON_8_RANKS)[kind]
     mesh = dist.init_device_mesh("cpu", (2, data, tensor), mesh_dim_names=("pipeline", "data", "tensor"))
     place, replica, _ = mesh.get_coordinate()
     reduced = data if wrap is not None else 1
@@ -180,6 +183,16 @@ def test_gradients_are_the_plain_models(schedule: str) -> None:
     assert results == [[]] * 4, "\n".join(line for result in results for line in result)
 
 
+def _compare_on_8_ranks(rank: int, schedules: list[str]) -> list[str]:
+    kinds = list(ON_8_RANKS)
+    return [line for schedule in schedules for line in _compare_all(rank, schedule, kinds)]
+
+
+def test_gradients_of_tensor_and_data_parallel_stages_are_the_plain_models() -> None:
+    schedules = ["1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]
+    assert ranks.run(_compare_on_8_ranks, 8, timeout=110, schedules=schedules) == [[]] * 8
+
+
 class _Collectives(TorchDispatchMode):
     """Counts the collectives that this thread begins."""
 
@@ -230,6 +243,77 @@ def _count(rank: int, schedules: list[str], kinds: list[str]) -> list[str]:
 def test_each_stage_gathers_once_and_reduces_once_a_step() -> None:
     kinds = ["FSDP2, after", "DDP, after", "replicate, after"]
     assert ranks.run(_count, 4, schedules=EVERY_SCHEDULE, kinds=kinds) == [[]] * 4
+
+
+def _changes(rank: int, schedules: list[str]) -> list[str]:
+    """Wrap, unwrap, freeze, thaw and replace the stages of one pipeline rank between the steps of one schedule."""
+    found = []
+    for name in schedules:
+        mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("pipeline", "data"))
+        place, replica = mesh.get_coordinate()
+        per_rank = stages_allowed(name, 2)[-1]
+        torch.manual_seed(1)
+        plain = [Part() for _ in range(2 * per_rank)]
+        changing = held_by(0, name, 2, per_rank)
+        held = held_by(place, name, 2, per_rank)
+        stages = make_stages(
+            {index: copy.deepcopy(plain[index]) for index in held}, len(plain), mesh["pipeline"].get_group()
+        )
+        schedule = make_schedule(name, stages, MICROBATCHES, _loss)
+        for number, change in enumerate(["nothing", "DDP", "unwrapped", "frozen", "thawed", "replaced", "FSDP2"]):
+            for stage in stages:
+                if stage.stage_index in changing:
+                    _change(stage, change, mesh)
+            for index in changing:
+                plain[index].up.weight.requires_grad_(change != "frozen")
+                if change == "replaced":
+                    plain[index].load_state_dict(_other(index).state_dict())
+            reduced = change in ("DDP", "FSDP2")
+            own: list[list[Tensor | None]] = []
+            for data in range(2):
+                reference.train_step(plain, _batch(10 * number + data), F.mse_loss, MICROBATCHES)
+                own.append([parameter.grad for module in plain for parameter in module.parameters()])
+            places = [(i, n) for i, module in enumerate(plain) for n, _ in module.named_parameters()]
+            batch = _batch(10 * number + replica)
+            for stage in stages:
+                stage.submod.zero_grad()
+            schedule.step(
+                *(batch.args if 0 in held else ()), **({"target": batch.target} if len(plain) - 1 in held else {})
+            )
+            for stage in stages:
+                index = stage.stage_index
+                bare = [n for n, _ in plain[index].named_parameters()]
+                for key, parameter in zip(bare, stage.submod.parameters(), strict=True):
+                    at = places.index((index, key))
+                    mine = own[replica][at]
+                    if reduced and index in changing and mine is not None:
+                        mine = (own[0][at] + own[1][at]) / 2  # type: ignore[operator]
+                    where = f"{name}, {change}: stage {index} {key}"
+                    found += reference.differences(where, _whole(parameter.grad), mine, exact=False)
+    return found
+
+
+def _other(index: int) -> nn.Module:
+    torch.manual_seed(100 + index)
+    return Part()
+
+
+def _change(stage: Any, change: str, mesh: Any) -> None:
+    if change == "DDP":
+        stage.submod = _ddp(stage.submod, mesh)
+    elif change == "unwrapped":
+        stage.submod = stage.submod.module
+    elif change in ("frozen", "thawed"):
+        stage.submod.up.weight.requires_grad_(change == "thawed")
+    elif change == "replaced":
+        stage.submod = _other(stage.stage_index)
+    elif change == "FSDP2":
+        _fsdp(stage.submod, mesh)
+
+
+def test_what_a_program_changes_between_steps_is_seen_at_the_next_one() -> None:
+    results = ranks.run(_changes, 4, timeout=110, schedules=EVERY_SCHEDULE)
+    assert results == [[]] * 4, "\n".join(line for result in results for line in result[:9])
 
 
 def _refused(rank: int, kind: str) -> str:

@@ -55,6 +55,18 @@ class Nested(nn.Module):
         return Hidden(states, others, given.depth + 1, [*given.names, f"stage {self.index}"])
 
 
+class NamedPair(nn.Module):
+    """Gives a named tuple, whose fields are the next stage's inputs; the last stage gives one too."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.linear, self.last = nn.Linear(WIDTH, WIDTH), last
+
+    def forward(self, value: Tensor, again: Tensor | None = None) -> Any:
+        value = torch.tanh(self.linear(value if again is None else value + again.sum(1, keepdim=True)))
+        return value if self.last else Named(value, value[:, :2] * 2)
+
+
 class Several(nn.Module):
     """Two positional inputs, of which the second is a dict with one tensor twice and a number."""
 
@@ -75,6 +87,8 @@ def _examples(name: str, num_stages: int) -> Example:
     torch.manual_seed(7)
     if name == "nested":
         return Example([Nested(index, index == num_stages - 1) for index in range(num_stages)], exact=False)
+    if name == "named":
+        return Example([NamedPair(index == num_stages - 1) for index in range(num_stages)], exact=False)
     return Example([Several(index == 0, index == num_stages - 1) for index in range(num_stages)], exact=False)
 
 
@@ -90,7 +104,7 @@ def _train(rank: int, schedule: str, stages_per_rank: int, name: str) -> list[st
     return found
 
 
-@pytest.mark.parametrize("name", ["nested", "several"])
+@pytest.mark.parametrize("name", ["nested", "several", "named"])
 @pytest.mark.parametrize(("schedule", "stages_per_rank"), SCHEDULES)
 def test_nested_outputs_train_as_in_the_plain_model(schedule: str, stages_per_rank: int, name: str) -> None:
     assert ranks.run(_train, 2, schedule=schedule, stages_per_rank=stages_per_rank, name=name) == [[], []]

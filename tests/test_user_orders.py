@@ -195,3 +195,27 @@ def test_a_broken_order_is_refused_with_the_action_named(tmp_path: Path) -> None
         path = _write(tmp_path / "broken.csv", broken)
         for text in ranks.run(_refuse, 2, path=path):
             assert re.search(named, text), f"{name}: {text}"
+
+
+def _train_with_an_own_order(rank: int, name: str) -> list[str]:
+    """A subclass of a named schedule whose order is all forwards first, last microbatch first."""
+
+    class Own(api.schedules.get_schedule_class(name)):  # type: ignore[misc]
+        def _calculate_single_rank_operations(self, rank: int) -> list[Any]:
+            row = [action for action in super()._calculate_single_rank_operations(rank) if action is not None]
+            held = sorted({action.stage_index for part in row for action in (part.sub_actions or (part,))})
+            text = [f"{s}F{m}" for s in held for m in reversed(range(MICROBATCHES))]
+            text += [f"{s}B{m}" for s in reversed(held) for m in range(MICROBATCHES)]
+            return [api.schedules._Action.from_str(each) for each in text]
+
+    owners = [0, 1, 0, 1]
+    make = lambda stages, count, loss_fn: Own(stages, count, loss_fn=loss_fn)  # noqa: E731
+    twins = Twins(rank, Setting(name, MICROBATCHES, 2), owners=owners, make=make)
+    assert str(twins.schedule.pipeline_order[rank][0]) == f"{rank}F3", twins.schedule.pipeline_order
+    return [line for step in range(2) for line in twins.train(f"step {step}", twins.example.batch(8, step))]
+
+
+@api.ours_only("builds some of its schedules in other methods")
+@pytest.mark.parametrize("name", ["LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble"])
+def test_a_subclass_that_calculates_its_ranks_operations_has_them_run(name: str) -> None:
+    assert ranks.run(_train_with_an_own_order, 2, name=name) == [[]] * 2

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pp_runtime.ir import Order, Placement, from_torch_form
+from pp_runtime.ir import Action, Order, Placement, from_torch_form, to_torch_form
 from pp_runtime.microbatch import TensorChunkSpec
 from pp_runtime.schedules.base import _PipelineSchedule
 from pp_runtime.schedules.catalogue import build_order, named_order
@@ -73,6 +73,15 @@ class PipelineScheduleMulti(_PipelineSchedule):
             self.stage_index_to_group_rank = dict(enumerate(looped(self.pp_group_size, self._num_stages)))
         else:
             self._set_order(*built, rebuild=self._order_builder())
+            own = type(self)._calculate_single_rank_operations
+            if own is not PipelineScheduleMulti._calculate_single_rank_operations:
+                ranks = range(self.pp_group_size)
+                self.pipeline_order = {rank: self._calculate_single_rank_operations(rank) for rank in ranks}
+
+    def _calculate_single_rank_operations(self, rank: int) -> list[Action | None]:
+        """A rank's compute actions, None where it idles. A named schedule whose subclass overrides this runs those."""
+        built = self._build_order()
+        return [] if built is None else to_torch_form(built[0])[rank]
 
     def _order_builder(self) -> Callable[[], Order] | None:
         """What builds the order once more; None where it must be kept. Holds no stage."""
