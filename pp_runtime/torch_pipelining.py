@@ -12,51 +12,59 @@ import importlib
 import sys
 import threading
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
+import torch.distributed as parent
+
 _NAME = "torch.distributed.pipelining"
+_FOLDER = Path(parent.__file__).parent / "pipelining"
 _loading = threading.Lock()
+# torch's modules that were imported here while others had their names: a second import must not make second ones.
+_hidden: dict[str, ModuleType] = {}
 
 
 @cache
 def torch_pipelining(submodule: str = "") -> ModuleType:
     """A module of torch's package: the package itself, or ``_IR``, ``_utils`` and so on."""
+    name = f"{_NAME}.{submodule}" if submodule else _NAME
     with _loading:
-        return _load(f"{_NAME}.{submodule}" if submodule else _NAME)
+        others = {key: module for key, module in _entries().items() if not _is_torchs(module)}
+        return _import_beside(name, others) if others else importlib.import_module(name)
 
 
-def _load(name: str) -> ModuleType:
-    present = _present()
-    if all(_is_torchs(key, module) for key, module in present.items()):
-        return importlib.import_module(name)
-    import torch.distributed as parent
-
-    # `import torch.distributed.pipelining as p` reads this attribute before sys.modules.
+def _import_beside(name: str, others: dict[str, ModuleType]) -> ModuleType:
+    """Import a module of torch's while other modules have the names of some."""
+    # `import torch.distributed.pipelining as p` reads this attribute, not sys.modules, so it is put back too.
     attribute = parent.__dict__.get("pipelining")
+    before = _entries()
+    for key in others:
+        del sys.modules[key]
+    sys.modules.update(_known(attribute) | _hidden)
     try:
-        for key in present:
-            del sys.modules[key]
-        sys.modules.update(_loaded)
-        module = importlib.import_module(name)
-        _loaded.update(_present())
-        return module
+        return importlib.import_module(name)
     finally:
-        for key in _present():
+        _hidden.update({key: module for key, module in _entries().items() if key not in before or key in others})
+        for key in _entries():
             del sys.modules[key]
-        sys.modules.update(present)
+        sys.modules.update(before)
+        parent.__dict__.pop("pipelining", None)
         if attribute is not None:
             parent.__dict__["pipelining"] = attribute
-        else:
-            parent.__dict__.pop("pipelining", None)
 
 
-# torch's modules that are not in sys.modules, so that a second one is not made beside the first.
-_loaded: dict[str, ModuleType] = {}
+def _known(package: ModuleType | None) -> dict[str, ModuleType]:
+    """torch's package, where the program imported it before others took its names, and what it has of modules."""
+    if package is None or not _is_torchs(package):
+        return {}
+    parts = {f"{_NAME}.{name}": part for name, part in vars(package).items() if isinstance(part, ModuleType)}
+    return {_NAME: package} | {key: part for key, part in parts.items() if _is_torchs(part)}
 
 
-def _present() -> dict[str, ModuleType]:
-    return {key: module for key, module in sys.modules.items() if key == _NAME or key.startswith(f"{_NAME}.")}
+def _entries() -> dict[str, ModuleType]:
+    return {key: module for key, module in list(sys.modules.items()) if key == _NAME or key.startswith(f"{_NAME}.")}
 
 
-def _is_torchs(key: str, module: ModuleType | None) -> bool:
-    return getattr(module, "__name__", None) == key
+def _is_torchs(module: ModuleType | None) -> bool:
+    file = getattr(module, "__file__", None)
+    return file is not None and Path(file).parent == _FOLDER

@@ -1,0 +1,55 @@
+"""Hugging Face models split by the tracer train as they do whole, their inputs given by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests import api, ranks, reference
+from tests.pipelines import EVERY_SCHEDULE, ONE_STAGE, backward_orders, differences_of_step, held_by, make_schedule
+from tests.traced_huggingface import MODELS, ROWS, batch, build, loss_of, trace
+
+WARM = "tests.traced_huggingface"
+MICROBATCHES = 4
+FEW = ["GPipe", "1F1B", "Interleaved1F1B", "ZBVZeroBubble"]
+
+pytestmark = api.ours_only("loses values between modules, and binds inputs by place")
+
+
+def _train(rank: int, name: str, schedules: list[str]) -> list[str]:
+    """Train the stages and the plain model for a step under each schedule; say what of this rank's differs."""
+    return [line for schedule in schedules for line in _train_one(rank, name, schedule)]
+
+
+def _train_one(rank: int, name: str, schedule: str) -> list[str]:
+    per_rank = 1 if schedule in ONE_STAGE else 2
+    num_stages = per_rank * dist.get_world_size()
+    held = held_by(rank, schedule, dist.get_world_size(), per_rank)
+    pipe, plain = trace(name, num_stages), build(name)
+    stages = [pipe.build_stage(index, torch.device("cpu")) for index in held]
+    for stage in stages:
+        stage.submod.zero_grad()
+    pipeline = make_schedule(schedule, stages, MICROBATCHES, loss_of)
+    whole, last, losses = batch(name, ROWS * MICROBATCHES, 1), num_stages - 1 in held, []
+    # Inputs go in where the first stage is; giving them everywhere must not matter.
+    inputs = dict(whole.kwargs or {}) if 0 in held or schedule == "Interleaved1F1B" else {}
+    output = pipeline.step(**inputs, **({"target": whole.target, "losses": losses} if last else {}))
+    expected = reference.train_step([plain], whole, loss_of, MICROBATCHES)
+    found = differences_of_step(schedule, reference.Outcome(output, losses), expected, last=last, exact=True)
+    ascending, orders = list(range(MICROBATCHES)), backward_orders(pipeline)
+    for stage in stages:
+        exact = MODELS[name].exact and orders.get(stage.stage_index, ascending) == ascending
+        for key, parameter in stage.submod.named_parameters():
+            wanted = plain.get_parameter(key).grad
+            found += reference.differences(f"{schedule} {key}.grad", parameter.grad, wanted, exact)
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "llama"])
+def test_models_split_at_layers_train_as_they_do_whole(name: str) -> None:
+    assert ranks.run(_train, 2, name=name, schedules=FEW) == [[], []]
+
+
+def test_llama_trains_as_it_does_whole_in_every_schedule() -> None:
+    assert ranks.run(_train, 2, name="llama", schedules=EVERY_SCHEDULE) == [[], []]
