@@ -51,7 +51,7 @@ def split_graph(
     between two split points would give other numbers than in the model.
     """
     stage_of = _stages_of_nodes(traced, is_split)
-    check_changes_in_place(traced.graph, stage_of)
+    passing = check_changes_in_place(traced.graph, stage_of)
     num_stages = max(stage_of.values()) + 1
     parts = [_Part(index) for index in range(num_stages)]
     for node in traced.graph.nodes:
@@ -60,7 +60,8 @@ def split_graph(
     _connect(parts, stage_of, inputs)
     states = _States(traced, model, frozenset(temporary))
     modules = {
-        stage_name(part.index): part.module(states, _binding(part, inputs), is_last=part is parts[-1]) for part in parts
+        stage_name(part.index): part.module(states, _binding(part, inputs), passing, is_last=part is parts[-1])
+        for part in parts
     }
     for module in modules.values():
         module.train(model.training)
@@ -130,8 +131,10 @@ class _Part:
     forwarded: list[str] = field(default_factory=list)  # stage 0: inputs of the model that others use
     uses: frozenset[str] = frozenset()
 
-    def module(self, states: _States, binding: Binding, *, is_last: bool) -> fx.GraphModule:
-        """The stage as a module of its own."""
+    def module(
+        self, states: _States, binding: Binding, passing: frozenset[fx.Node], *, is_last: bool
+    ) -> fx.GraphModule:
+        """The stage as a module of its own; of ``passing`` values it gives copies."""
         graph = fx.Graph()
         graph.set_codegen(_BindsInputs(binding))
         made: dict[fx.Node, fx.Node] = {}
@@ -156,9 +159,14 @@ class _Part:
             made[node] = graph.node_copy(node, lambda argument, user=node: own(user, argument))  # type: ignore[misc]
         if is_last:
             output = self.nodes[-1]
-            results = [own(output, node) for node in _results(output) if isinstance(node, fx.Node)]
+            returned = [node for node in _results(output) if isinstance(node, fx.Node)]
+            results = [own(output, node) for node in returned]
         else:
-            results = [made[node] for node in self.outputs] + [roots[root] for root in self.forwarded]
+            returned = self.outputs
+            results = [made[node] for node in returned] + [roots[root] for root in self.forwarded]
+        for place, node in enumerate(returned):
+            if node in passing:
+                results[place] = graph.call_function(torch.ops.aten.clone.default, (results[place],))
         graph.output(results[0] if len(results) == 1 else tuple(results))
         graph.lint()
         return _graph_module(root_module, graph, states.temporary)

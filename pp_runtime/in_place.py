@@ -23,8 +23,12 @@ _HARMLESS = frozenset({"aten::detach_"})
 _UPDATING = {"aten::batch_norm": (3, 4), "aten::instance_norm": (3, 4)}
 
 
-def check_changes_in_place(graph: fx.Graph, stage_of: Mapping[fx.Node, int]) -> None:
-    """Raise PipelineUsageError where a stage changes a tensor that another stage uses afterwards, or any state."""
+def check_changes_in_place(graph: fx.Graph, stage_of: Mapping[fx.Node, int]) -> frozenset[fx.Node]:
+    """Raise PipelineUsageError where a stage changes a tensor that another stage uses afterwards, or a state of both.
+
+    Returns the values that are a changed state itself: the next microbatch changes it again, so a copy must be sent.
+    """
+    passing: set[fx.Node] = set()
     order = {node: place for place, node in enumerate(graph.nodes)}
     sharing: dict[Any, list[fx.Node]] = {}
     for node in graph.nodes:
@@ -33,9 +37,12 @@ def check_changes_in_place(graph: fx.Graph, stage_of: Mapping[fx.Node, int]) -> 
         for changed in _changed(node):
             key = _storage(changed)
             same = [changed] if key is None else sharing[key]
+            if any(other.op == "get_attr" for other in same):
+                passing.update(same)
             for other in same:
                 _check(other, node, order, stage_of)
             _check_one_copy(same, node, stage_of)
+    return frozenset(passing)
 
 
 def _check(other: fx.Node, change: fx.Node, order: Mapping[fx.Node, int], stage_of: Mapping[fx.Node, int]) -> None:

@@ -53,3 +53,41 @@ def test_models_split_at_layers_train_as_they_do_whole(name: str) -> None:
 
 def test_llama_trains_as_it_does_whole_in_every_schedule() -> None:
     assert ranks.run(_train, 2, name="llama", schedules=EVERY_SCHEDULE) == [[], []]
+
+
+TIED = {
+    "gpt2": ["transformer.wte", "lm_head"],
+    "llama": ["model.embed_tokens", "lm_head"],
+    "qwen2": ["model.embed_tokens", "lm_head"],
+    "mixtral": ["model.embed_tokens", "lm_head"],
+    "bert": ["bert.embeddings.word_embeddings", "cls.predictions.decoder"],
+    "t5": ["encoder.embed_tokens", "decoder.embed_tokens", "lm_head"],
+    "vit": [],
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_split_before_and_after_every_layer_compute_what_they_do_whole(name: str) -> None:
+    """Run stage by stage in this process, weights tied where the model has them so."""
+    plain, inputs = build(name, tied=True), dict(batch(name, ROWS, 0).kwargs or {})
+    layers = MODELS[name].layers
+    split = dict.fromkeys(layers, api.SplitPoint.BEGINNING)
+    pipe = api.pipeline(build(name, tied=True), (), inputs, split_spec=split)
+    assert pipe.num_stages == len(layers) + 1
+    (output,), expected = pipe(**inputs), plain(**inputs)
+    assert torch.equal(output, expected)
+    modules = [pipe.get_stage_module(index) for index in range(pipe.num_stages)]
+    output.square().sum().backward()
+    expected.square().sum().backward()
+    tied = [[f"model.{module}.weight" for module in TIED[name]]] if TIED[name] else []
+    assert [[key for _, key in places] for places in pipe.info().tied_parameters] == tied
+    for places in pipe.info().tied_parameters:
+        total = sum(modules[stage].get_parameter(key).grad for stage, key in places)
+        torch.testing.assert_close(total, plain.get_parameter(places[0][1]).grad, rtol=1e-5, atol=1e-6)
+    shared = {place for places in pipe.info().tied_parameters for place in places}
+    for stage, module in enumerate(modules):
+        for key, parameter in module.named_parameters():
+            if (stage, key) not in shared:
+                torch.testing.assert_close(parameter.grad, plain.get_parameter(key).grad, rtol=1e-5, atol=1e-6)
+    used = {parameter for parameter in plain.parameters() if parameter.grad is not None}
+    assert used == {plain.get_parameter(key) for module in modules for key, _ in module.named_parameters()}

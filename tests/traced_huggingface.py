@@ -59,27 +59,27 @@ class Classes(nn.Module):
         return self.model(pixel_values=pixel_values, return_dict=False)[0]
 
 
-def _decoder(name: str, **more: Any) -> nn.Module:
+def _decoder(name: str, tied: bool, **more: Any) -> nn.Module:
     import transformers
 
     config = getattr(transformers, f"{name}Config")(
         vocab_size=TOKENS, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=2,
-        intermediate_size=2 * WIDTH, max_position_embeddings=4 * LENGTH, tie_word_embeddings=False, **more,
+        intermediate_size=2 * WIDTH, max_position_embeddings=4 * LENGTH, tie_word_embeddings=tied, **more,
     )  # fmt: skip
     return Logits(getattr(transformers, f"{name}ForCausalLM")(config))
 
 
-def _gpt2() -> nn.Module:
+def _gpt2(tied: bool) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
         vocab_size=TOKENS, n_positions=2 * LENGTH, n_embd=WIDTH, n_layer=LAYERS, n_head=2,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=False,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=tied,
     )  # fmt: skip
     return Logits(GPT2LMHeadModel(config))
 
 
-def _bert() -> nn.Module:
+def _bert(tied: bool) -> nn.Module:
     from transformers import BertConfig, BertForMaskedLM
 
     class Masked(Logits):
@@ -90,27 +90,27 @@ def _bert() -> nn.Module:
 
     config = BertConfig(
         vocab_size=TOKENS, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=2,
-        intermediate_size=2 * WIDTH, max_position_embeddings=2 * LENGTH, tie_word_embeddings=False,
+        intermediate_size=2 * WIDTH, max_position_embeddings=2 * LENGTH, tie_word_embeddings=tied,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     return Masked(BertForMaskedLM(config))
 
 
-def _t5() -> nn.Module:
+def _t5(tied: bool) -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
         vocab_size=TOKENS, d_model=WIDTH, d_kv=WIDTH // 2, d_ff=2 * WIDTH, num_layers=2, num_decoder_layers=2,
-        num_heads=2, dropout_rate=0.0, tie_word_embeddings=False,
+        num_heads=2, dropout_rate=0.0, tie_word_embeddings=tied,
     )  # fmt: skip
     model = T5ForConditionalGeneration(config)
-    # Else all three are one, whatever the configuration says.
-    model.decoder.embed_tokens = copy.deepcopy(model.shared)
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    if not tied:  # all three are one, whatever the configuration says
+        model.decoder.embed_tokens = copy.deepcopy(model.shared)
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     return Translation(model)
 
 
-def _vit() -> nn.Module:
+def _vit(tied: bool) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
@@ -124,14 +124,16 @@ def _vit() -> nn.Module:
 class Kind:
     """How a model is made, and the modules before which it is split into two and into four stages."""
 
-    make: Callable[[], nn.Module]
-    halves: tuple[str]
-    quarters: tuple[str, str, str]
+    make: Callable[[bool], nn.Module]
+    layers: tuple[str, ...]
+    halves: tuple[str, ...]
+    quarters: tuple[str, ...]
     exact: bool = True  # not where several stages give an activation its gradient: their sum has another order
 
 
-def _kind(make: Callable[[], nn.Module], layer: str) -> Kind:
-    return Kind(make, (layer.format(2),), (layer.format(1), layer.format(2), layer.format(3)))
+def _kind(make: Callable[[bool], nn.Module], layer: str) -> Kind:
+    layers = tuple(layer.format(number) for number in range(LAYERS))
+    return Kind(make, layers, layers[2:3], layers[1:])
 
 
 _LLAMA_LIKE = "model.model.layers.{}"
@@ -143,6 +145,7 @@ MODELS = {
     "bert": _kind(_bert, "model.bert.encoder.layer.{}"),
     "t5": Kind(
         _t5,
+        tuple(f"model.{half}.block.{number}" for half in ("encoder", "decoder") for number in range(2)),
         ("model.decoder.block.0",),
         ("model.encoder.block.1", "model.decoder.block.0", "model.decoder.block.1"),
         exact=False,
@@ -151,9 +154,9 @@ MODELS = {
 }
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, tied: bool = False) -> nn.Module:
     torch.manual_seed(4321)
-    return MODELS[name].make()
+    return MODELS[name].make(tied)
 
 
 def batch(name: str, rows: int, step: int) -> Batch:
