@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,7 +65,7 @@ def split_graph(
         for part in parts
     }
     for module in modules.values():
-        module.train(model.training)
+        module.traced_in(model.training)
     tied = states.tied(list(modules.values()))
     split_points = sum(map(is_split, traced.graph.nodes))
     return SplitModel(fx.GraphModule(modules, _outer_graph(traced.graph, parts)), num_stages, split_points, tied)
@@ -131,9 +132,7 @@ class _Part:
     forwarded: list[str] = field(default_factory=list)  # stage 0: inputs of the model that others use
     uses: frozenset[str] = frozenset()
 
-    def module(
-        self, states: _States, binding: Binding, passing: frozenset[fx.Node], *, is_last: bool
-    ) -> fx.GraphModule:
+    def module(self, states: _States, binding: Binding, passing: frozenset[fx.Node], *, is_last: bool) -> StageModule:
         """The stage as a module of its own; of ``passing`` values it gives copies."""
         graph = fx.Graph()
         graph.set_codegen(_BindsInputs(binding))
@@ -350,8 +349,41 @@ class _MarksTemporary:
             module.get_submodule(parent)._non_persistent_buffers_set.add(name)
 
 
-def _graph_module(root: torch.nn.Module, graph: fx.Graph, temporary: Iterable[str]) -> fx.GraphModule:
-    module = fx.GraphModule(root, graph)
+class StageModule(fx.GraphModule):
+    """A stage of a traced model. Its parameters have the model's names; the modules around them only hold them."""
+
+    def traced_in(self, training: bool) -> None:
+        """Say in which mode the model was traced, which is the one that this module computes in."""
+        self.meta["traced_in"] = training
+        super().train(training)
+
+    def train(self, mode: bool = True) -> StageModule:
+        """Set the mode, of which the graph takes no notice. Warns where that matters."""
+        if mode is not self.meta.get("traced_in", mode) and any(map(_depends_on_mode, self.graph.nodes)):
+            was, now = ("train", "eval")[mode], ("eval", "train")[mode]
+            warnings.warn(
+                f"this stage was traced in {was} mode and computes as in it, dropout and batch norm included, whatever "
+                f"{now}() says: trace the model again in {now} mode for that",
+                stacklevel=2,
+            )
+        return super().train(mode)
+
+
+def _depends_on_mode(node: fx.Node) -> bool:
+    """Whether a node is of an operator that takes its part of the mode as a constant, or one that draws numbers."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    arguments = target._schema.arguments
+    given = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
+    given |= dict(zip((argument.name for argument in arguments), node.args, strict=False)) | node.kwargs
+    if (probability := given.get("p", given.get("dropout_p"))) is not None:
+        return probability != 0
+    return bool(given.keys() & {"train", "training"}) or torch.Tag.nondeterministic_seeded in target.tags
+
+
+def _graph_module(root: torch.nn.Module, graph: fx.Graph, temporary: Iterable[str]) -> StageModule:
+    module = StageModule(root, graph)
     present = {name for name, _ in module.named_buffers(remove_duplicate=False)}
     mark = _MarksTemporary(frozenset(temporary) & present)
     mark(module)

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
 
 from pp_runtime.errors import PipelineUsageError
@@ -74,25 +76,30 @@ class ModelInputs:
     signature: Signature
     tensors: Mapping[str, str]  # path -> graph input
     constants: Mapping[str, Any]  # path -> value in the trace
+    kinds: Mapping[str, tuple[torch.Size, torch.dtype]]  # path -> of the tensor in the trace
 
     @staticmethod
-    def of(program: torch.export.ExportedProgram, model: torch.nn.Module, graph_inputs: Sequence[str]) -> ModelInputs:
-        """The inputs of an exported model; ``graph_inputs`` are its graph's, in the order of the call's leaves."""
+    def of(
+        program: torch.export.ExportedProgram, model: torch.nn.Module, placeholders: Sequence[fx.Node]
+    ) -> ModelInputs:
+        """The inputs of an exported model; ``placeholders`` are its graph's, in the order of the call's leaves."""
         signature = Signature.of(model)
         specs = [
             spec.arg
             for spec in program.graph_signature.input_specs
             if spec.kind is torch.export.graph_signature.InputKind.USER_INPUT
         ]
-        args, kwargs = torch.utils._pytree.tree_unflatten(list(range(len(graph_inputs))), program.call_spec.in_spec)
+        args, kwargs = torch.utils._pytree.tree_unflatten(list(range(len(placeholders))), program.call_spec.in_spec)
         tensors: dict[str, str] = {}
         constants: dict[str, Any] = {}
+        kinds: dict[str, tuple[torch.Size, torch.dtype]] = {}
         for path, place in signature.leaves(args, kwargs).items():
             if isinstance(specs[place], torch.export.graph_signature.ConstantArgument):
                 constants[path] = specs[place].value
             else:
-                tensors[path] = graph_inputs[place]
-        return ModelInputs(signature, tensors, constants)
+                tensors[path] = str(placeholders[place].target)
+                kinds[path] = _kind(placeholders[place].meta["val"])
+        return ModelInputs(signature, tensors, constants, kinds)
 
     def in_order(self) -> tuple[str, ...]:
         """The graph inputs as the model's signature lists them."""
@@ -123,9 +130,21 @@ class ModelInputs:
                         "give it a tensor, or trace the model again"
                     )
                 direct[self.tensors[path]] = value
+                if _kind(value) != self.kinds[path]:
+                    self._warn(stage, path, value)
             else:
                 self._check_constant(stage, path, value)
         return direct
+
+    def _warn(self, stage: int, path: str, value: torch.Tensor) -> None:
+        shape, dtype = self.kinds[path]
+        warnings.warn(
+            f"stage {stage}: the model was traced with '{path}' of shape {tuple(shape)} and {dtype} and is given "
+            f"{tuple(value.shape)} and {value.dtype}. What its forward computed of sizes and dtypes is a constant in "
+            "the trace, so the result may be another than the model's: give microbatches like mb_args and mb_kwargs, "
+            "or trace the model again",
+            stacklevel=2,
+        )
 
     def _check_constant(self, stage: int, path: str, value: Any) -> None:
         if path in self.constants:
@@ -221,6 +240,10 @@ def _leaves(name: str, value: Any) -> Iterable[tuple[str, Any]]:
 def _argument(path: str) -> str:
     """The argument that a path begins with."""
     return re.split(r"[\[.<]", path, maxsplit=1)[0]
+
+
+def _kind(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
 
 
 def _same(value: Any, other: Any) -> bool:

@@ -108,8 +108,8 @@ def _split(
     from pp_runtime.traced_inputs import ModelInputs
 
     traced: Any = program.module(check_guards=False)
-    graph_inputs = [str(node.target) for node in traced.graph.nodes if node.op == "placeholder"]
-    inputs = ModelInputs.of(program, module, graph_inputs)
+    placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    inputs = ModelInputs.of(program, module, placeholders)
     if split_policy is not None:
         traced = split_policy(traced)
     constants = [name for name in program.constants if name not in program.state_dict]

@@ -297,3 +297,33 @@ def test_what_a_stage_knows_of_the_pipe_keeps_no_other_stage_alive() -> None:
     del pipe
     gc.collect()
     assert other() is None and info.num_stages == 3
+
+
+class Drops(nn.Module):
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.first, self.second, self.p = nn.Linear(4, 4), nn.Linear(4, 4), p
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)[None, None]
+        dropped = nn.functional.dropout(hidden, self.p, self.training)
+        p = self.p if self.training else 0.0
+        return self.second(nn.functional.scaled_dot_product_attention(dropped, dropped, dropped, dropout_p=p))[0, 0]
+
+
+@pytest.mark.parametrize("traced_in", [True, False])
+def test_a_mode_that_the_graph_does_not_follow_is_warned_of(traced_in: bool) -> None:
+    first = pipeline(Drops(0.5).train(traced_in), (torch.randn(2, 4),), split_spec={"second": BEGIN}).get_stage_module(
+        0
+    )
+    assert first.training is traced_in
+    for module in (first, copy.deepcopy(first)):
+        with pytest.warns(UserWarning, match=f"traced in {('eval', 'train')[traced_in]} mode"):
+            module.train(not traced_in)
+        assert module.training is not traced_in
+
+
+def test_a_mode_that_does_not_matter_is_taken_in_silence(recwarn: pytest.WarningsRecorder) -> None:
+    first = pipeline(Drops(0.0), (torch.randn(2, 4),), split_spec={"second": BEGIN}).get_stage_module(0)
+    assert not first.eval().training and first.train().training
+    assert not [warning for warning in recwarn if "mode" in str(warning.message)]

@@ -121,3 +121,15 @@ def test_an_input_for_a_later_stage_alone_is_missed_there_only() -> None:
     assert torch.equal(second(*hidden, scale=SCALE), second(*first(X, SCALE)))
     with pytest.raises(PipelineUsageError, match="stage 1 uses the model's input 'scale'.*or by keyword on this one"):
         second(*hidden)
+
+
+def test_sizes_unlike_those_of_the_trace_are_warned_of() -> None:
+    class Averages(Affine):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x)) / x.shape[0]
+
+    model = Averages()
+    pipe = pipeline(model, (X,), split_spec=SPLIT)
+    with pytest.warns(UserWarning, match=r"traced with 'x' of shape \(2, 4\) and torch.float32 and is given \(1, 4\)"):
+        (output,) = pipe(X[:1])
+    assert not torch.allclose(output, model(X[:1]))

@@ -111,3 +111,21 @@ def _look_at_pipe(rank: int) -> None:
 
 def test_a_pipe_knows_its_stages_and_keeps_parameter_names() -> None:
     ranks.run(_look_at_pipe, 1)
+
+
+def _give_wrong_names(rank: int) -> str:
+    stages = [traced.trace("skips", 2, keyword=True).build_stage(rank, torch.device("cpu"))]
+    pipeline = make_schedule("GPipe", stages, 3, functools.partial(traced.loss_of, "skips"))
+    batch = traced.batch("skips", ROWS, 0)
+    kwargs = {"attention_msk": batch.args[1]} if rank == 0 else {}
+    try:
+        step(pipeline, stages, reference.Batch(batch.args[:1], batch.target, kwargs), "eval")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@api.ours_only("takes inputs by place")
+def test_an_unknown_input_ends_the_step_on_every_rank() -> None:
+    for said in ranks.run(_give_wrong_names, 2):
+        assert "no input 'attention_msk'; its inputs are 'x', 'attention_mask'" in said
