@@ -185,35 +185,14 @@ def _pipe_class() -> Any:
         def build_stage(self, stage_index: int, device: torch.device, group: dist.ProcessGroup | None = None) -> Any:
             """The stage of this index, on a device, for schedules of ours. ``group`` is the pipeline's."""
             from pp_runtime.stage import build_stage
+            from pp_runtime.traced_device import set_device
 
             stage_module = self.get_stage_module(stage_index)
             if isinstance(stage_module, fx.GraphModule):
                 # The trace has the device of the example inputs in calls such as torch.zeros(..., device=...).
-                _set_device(stage_module, torch.device(device))
+                set_device(stage_module, torch.device(device))
             return build_stage(stage_module, stage_index, self.info(), device, group)
 
     Pipe.__module__ = __name__
     Pipe.__qualname__ = "Pipe"
     return Pipe
-
-
-def _set_device(module: fx.GraphModule, device: torch.device) -> None:
-    """Let a graph make its tensors on a device: a trace has the device of its example inputs."""
-
-    from pp_runtime.in_place import attribute
-
-    def moved(argument: Any) -> Any:
-        return device if isinstance(argument, torch.device) else argument
-
-    changed = False
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            inner = attribute(module, str(node.target))
-            if isinstance(inner, fx.GraphModule):
-                _set_device(inner, device)
-            continue
-        args, kwargs = fx.node.map_aggregate(node.args, moved), fx.node.map_aggregate(node.kwargs, moved)
-        if (args, kwargs) != (node.args, node.kwargs):
-            node.args, node.kwargs, changed = args, kwargs, True
-    if changed:
-        module.recompile()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pp_runtime.errors import PipelineUsageError
+from pp_runtime.traced_device import set_device
 from pp_runtime.tracing import SplitPoint, annotate_split_points, pipe_split, pipeline
 
 BEGIN, END = SplitPoint.BEGINNING, SplitPoint.END
@@ -327,3 +328,36 @@ def test_a_mode_that_does_not_matter_is_taken_in_silence(recwarn: pytest.Warning
     first = pipeline(Drops(0.0), (torch.randn(2, 4),), split_spec={"second": BEGIN}).get_stage_module(0)
     assert not first.eval().training and first.train().training
     assert not [warning for warning in recwarn if "mode" in str(warning.message)]
+
+
+class MakesTensors(Sharing):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x) + torch.arange(4, device=x.device)
+        with torch.no_grad():
+            mask = torch.ones(4, 4).to(x.device).tril()
+        pipe_split()
+        return self.second(hidden) + self.count + torch.tensor([1.0, 2.0, 3.0, 4.0]) + mask[:2]
+
+
+def test_stages_compute_on_another_device_than_the_trace() -> None:
+    """What a GPU would do, on the device without memory; a tensor left on the CPU is an error there."""
+    pipe, device = pipeline(MakesTensors(), (torch.randn(2, 4),)), torch.device("meta")
+    values: Any = (torch.randn(2, 4, device=device),)
+    for index in range(2):
+        stage = pipe.get_stage_module(index)
+        set_device(stage, device)
+        values = stage.to(device)(*values)
+    assert values.is_meta and values.shape == (2, 4)
+
+
+def test_autocast_regions_follow_the_device_where_they_had_the_traces() -> None:
+    class Casts(Sharing):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, enabled=False):
+                x = self.first(x)
+            with torch.autocast("xpu", enabled=False):
+                return self.second(x)
+
+    stage = pipeline(Casts(), (torch.randn(2, 4),)).get_stage_module(0)
+    set_device(stage, torch.device("cuda", 1))
+    assert [node.args[0] for node in stage.graph.nodes if "autocast" in str(node.target)] == ["cuda", "xpu"]
