@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import operator
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,10 +21,9 @@ from torch import fx
 
 from pp_runtime.errors import PipelineUsageError
 from pp_runtime.in_place import attribute, check_changes_in_place
+from pp_runtime.stage_module import Binding, BindsInputs, StageModule, stage_module
 from pp_runtime.traced_inputs import FirstStageInputs, LaterStageInputs, ModelInputs
-
-TiedParameters = tuple[tuple[tuple[int, str], ...], ...]
-Binding = Callable[[tuple[Any, ...], dict[str, Any]], tuple[torch.Tensor, ...]]
+from pp_runtime.traced_state import TiedParameters, TracedState
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def split_graph(
         if node in stage_of:
             parts[stage_of[node]].nodes.append(node)
     _connect(parts, stage_of, inputs)
-    states = _States(traced, model, frozenset(temporary))
+    states = TracedState(traced, model, frozenset(temporary))
     modules = {
         stage_name(part.index): part.module(states, _binding(part, inputs), passing, is_last=part is parts[-1])
         for part in parts
@@ -132,10 +130,12 @@ class _Part:
     forwarded: list[str] = field(default_factory=list)  # stage 0: inputs of the model that others use
     uses: frozenset[str] = frozenset()
 
-    def module(self, states: _States, binding: Binding, passing: frozenset[fx.Node], *, is_last: bool) -> StageModule:
+    def module(
+        self, states: TracedState, binding: Binding, passing: frozenset[fx.Node], *, is_last: bool
+    ) -> StageModule:
         """The stage as a module of its own; of ``passing`` values it gives copies."""
         graph = fx.Graph()
-        graph.set_codegen(_BindsInputs(binding))
+        graph.set_codegen(BindsInputs(binding))
         made: dict[fx.Node, fx.Node] = {}
         roots: dict[str, fx.Node] = {}
         for value in self.values:
@@ -168,7 +168,7 @@ class _Part:
                 results[place] = graph.call_function(torch.ops.aten.clone.default, (results[place],))
         graph.output(results[0] if len(results) == 1 else tuple(results))
         graph.lint()
-        return _graph_module(root_module, graph, states.temporary)
+        return stage_module(root_module, graph, states.temporary)
 
 
 def _connect(parts: list[_Part], stage_of: Mapping[fx.Node, int], inputs: ModelInputs) -> None:
@@ -244,148 +244,3 @@ def _outer_graph(traced: fx.Graph, parts: Sequence[_Part]) -> fx.Graph:
     graph.output(returned)
     graph.lint()
     return graph
-
-
-class _States:
-    """The model's parameters, buffers and constants on their way into the stages."""
-
-    def __init__(self, traced: fx.GraphModule, model: torch.nn.Module, temporary: frozenset[str]) -> None:
-        self._traced = traced
-        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        self._buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-        self._names: dict[int, list[str]] = {}
-        for name, tensor in named:
-            self._names.setdefault(id(tensor), []).append(name)
-        self._owners: dict[int, int] = {}  # the first stage that has a parameter
-        self._copies: dict[tuple[int, int], torch.nn.Parameter] = {}
-        self._temporary = temporary
-        self.temporary: set[str] = set(temporary)  # and what is no state of the model
-
-    def fetch(self, graph: fx.Graph, module: torch.nn.Module, stage: int, node: fx.Node, user: fx.Node) -> fx.Node:
-        """A node of a stage's graph that reads what ``node`` reads in the whole one; the module gets it."""
-        value = attribute(self._traced, str(node.target))
-        name = str(node.target)
-        if isinstance(value, torch.Tensor):
-            name = self._name(value, name, user)
-            if name not in self._buffers and not isinstance(value, torch.nn.Parameter):
-                self.temporary.add(name)
-            if isinstance(value, torch.nn.Parameter):
-                value = self._own(value, stage)
-        _put(module, name, value)
-        fetched = graph.get_attr(name)
-        fetched.meta = copy.copy(node.meta)
-        return fetched
-
-    def put_module(self, module: torch.nn.Module, name: str) -> None:
-        """Give a stage a module that its graph calls."""
-        _put(module, name, attribute(self._traced, name))
-
-    def _name(self, value: torch.Tensor, name: str, user: fx.Node) -> str:
-        """Of a tensor's names, the one that the module has where it is used: ``head.weight`` in the head."""
-        names = self._names.get(id(value), [])
-        if len(names) > 1:
-            for path, _ in reversed(list((user.meta.get("nn_module_stack") or {}).values())):
-                for known in names:
-                    if known.rpartition(".")[0] == path.partition("@")[0]:
-                        return known
-        return name
-
-    def _own(self, value: torch.nn.Parameter, stage: int) -> torch.nn.Parameter:
-        """The parameter itself in the first stage that uses it, a copy in each of the others."""
-        if self._owners.setdefault(id(value), stage) == stage:
-            return value
-        return self._copies.setdefault((id(value), stage), copy.deepcopy(value))
-
-    def tied(self, modules: Sequence[torch.nn.Module]) -> TiedParameters:
-        """The parameters that several stages use, each with its name in every one of them."""
-        originals = {id(copied): original for (original, _), copied in self._copies.items()}
-        uses: dict[int, list[tuple[int, str]]] = {}
-        for stage, module in enumerate(modules):
-            for name, parameter in module.named_parameters():
-                uses.setdefault(originals.get(id(parameter), id(parameter)), []).append((stage, name))
-        return tuple(sorted(tuple(places) for places in uses.values() if len(places) > 1))
-
-
-def _put(module: torch.nn.Module, path: str, value: Any) -> None:
-    *parents, name = path.split(".")
-    for parent in parents:
-        if not hasattr(module, parent):
-            module.add_module(parent, torch.nn.Module())
-        module = getattr(module, parent)
-    if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
-        module.register_buffer(name, value)
-    else:
-        setattr(module, name, value)
-
-
-class _BindsInputs(fx.graph.CodeGen):
-    """Makes a stage's forward take its inputs as the model's user names them."""
-
-    def __init__(self, binding: Binding) -> None:
-        super().__init__()
-        self.binding = binding
-
-    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **_options: Any) -> str:
-        names = ", ".join(name.split(":")[0].split("#")[0].strip() for name in free_vars if name != "self")
-        bound = f"{names}, = " if names else ""
-        return (
-            f"def {self._func_name}(self, *args, **kwargs){maybe_return_annotation}:\n"
-            f"    {bound}_pp_bind_inputs(args, kwargs)"
-        )
-
-    def additional_globals(self) -> list[tuple[str, Any]]:
-        return [("_pp_bind_inputs", self.binding)]
-
-
-class _MarksTemporary:
-    """Makes buffers of a module those that its state dict leaves out, which a copy of a graph module forgets."""
-
-    def __init__(self, names: frozenset[str]) -> None:
-        self.names = names
-
-    def __call__(self, module: torch.nn.Module) -> None:
-        for path in self.names:
-            parent, _, name = path.rpartition(".")
-            module.get_submodule(parent)._non_persistent_buffers_set.add(name)
-
-
-class StageModule(fx.GraphModule):
-    """A stage of a traced model. Its parameters have the model's names; the modules around them only hold them."""
-
-    def traced_in(self, training: bool) -> None:
-        """Say in which mode the model was traced, which is the one that this module computes in."""
-        self.meta["traced_in"] = training
-        super().train(training)
-
-    def train(self, mode: bool = True) -> StageModule:
-        """Set the mode, of which the graph takes no notice. Warns where that matters."""
-        if mode is not self.meta.get("traced_in", mode) and any(map(_depends_on_mode, self.graph.nodes)):
-            was, now = ("train", "eval")[mode], ("eval", "train")[mode]
-            warnings.warn(
-                f"this stage was traced in {was} mode and computes as in it, dropout and batch norm included, whatever "
-                f"{now}() says: trace the model again in {now} mode for that",
-                stacklevel=2,
-            )
-        return super().train(mode)
-
-
-def _depends_on_mode(node: fx.Node) -> bool:
-    """Whether a node is of an operator that takes its part of the mode as a constant, or one that draws numbers."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    arguments = target._schema.arguments
-    given = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
-    given |= dict(zip((argument.name for argument in arguments), node.args, strict=False)) | node.kwargs
-    if (probability := given.get("p", given.get("dropout_p"))) is not None:
-        return probability != 0
-    return bool(given.keys() & {"train", "training"}) or torch.Tag.nondeterministic_seeded in target.tags
-
-
-def _graph_module(root: torch.nn.Module, graph: fx.Graph, temporary: Iterable[str]) -> StageModule:
-    module = StageModule(root, graph)
-    present = {name for name, _ in module.named_buffers(remove_duplicate=False)}
-    mark = _MarksTemporary(frozenset(temporary) & present)
-    mark(module)
-    module._register_deepcopy_hook(mark)
-    return module

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -76,6 +78,8 @@ def test_models_split_before_and_after_every_layer_compute_what_they_do_whole(na
     assert pipe.num_stages == len(layers) + 1
     (output,), expected = pipe(**inputs), plain(**inputs)
     assert torch.equal(output, expected)
+    by_place = [inputs[key] for key in inspect.signature(plain.forward).parameters]
+    assert torch.equal(pipe(*by_place)[0], expected)
     modules = [pipe.get_stage_module(index) for index in range(pipe.num_stages)]
     output.square().sum().backward()
     expected.square().sum().backward()

@@ -129,3 +129,45 @@ def _give_wrong_names(rank: int) -> str:
 def test_an_unknown_input_ends_the_step_on_every_rank() -> None:
     for said in ranks.run(_give_wrong_names, 2):
         assert "no input 'attention_msk'; its inputs are 'x', 'attention_mask'" in said
+
+
+def _train_replicas(rank: int, kind: str, schedule: str) -> list[str]:
+    """Two replicas of two ranks; says which gradients are not the mean of the replicas'."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    pipeline_rank, replica = divmod(rank, 2)
+    per_rank = 1 if schedule == "1F1B" else 2
+    plain, loss_fn = traced.build("skips"), functools.partial(traced.loss_of, "skips")
+    pipe, group = traced.trace("skips", 2 * per_rank), mesh["pp"].get_group()
+    stages = []
+    for index in held_by(pipeline_rank, schedule, 2, per_rank):
+        module = _replicated(pipe.get_stage_module(index), kind, mesh["dp"])
+        stages.append(api.build_stage(module, index, pipe.info(), torch.device("cpu"), group))
+    pipeline = make_schedule(schedule, stages, 3, loss_fn)
+    batches = [traced.batch("skips", ROWS, number) for number in range(2)]
+    step(pipeline, stages, batches[replica])
+    total: dict[str, torch.Tensor] = {}
+    for batch in batches:
+        reference.train_step([plain], batch, loss_fn, 3)
+        for name, parameter in plain.named_parameters():
+            total[name] = total.get(name, 0) + parameter.grad / 2
+    found = []
+    for stage in stages:
+        for name, parameter in stage.submod.named_parameters():
+            grad = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+            found += reference.differences(name, grad, total[name.removeprefix("module.")], exact=False)
+    return found
+
+
+def _replicated(module: torch.nn.Module, kind: str, mesh: dist.DeviceMesh) -> torch.nn.Module:
+    if kind == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(module, process_group=mesh.get_group())
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(module, mesh=mesh, reshard_after_forward=False)
+
+
+@api.ours_only("is shown by torch's own tests")
+@pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_traced_stages_may_be_data_parallel(kind: str, schedule: str) -> None:
+    assert ranks.run(_train_replicas, 4, kind=kind, schedule=schedule) == [[]] * 4
