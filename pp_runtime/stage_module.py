@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
+
+from pp_runtime.outline import outline
 
 Binding = Callable[[tuple[Any, ...], dict[str, Any]], tuple[torch.Tensor, ...]]
 """Makes the arguments of a call the inputs of the graph."""
@@ -40,12 +42,11 @@ class _MarksTemporary:
 
     def __call__(self, module: torch.nn.Module) -> None:
         for path in self.names:
-            parent, _, name = path.rpartition(".")
-            module.get_submodule(parent)._non_persistent_buffers_set.add(name)
+            _mark(module, path)
 
 
 class StageModule(fx.GraphModule):
-    """A stage of a traced model. Its parameters have the model's names; the modules around them only hold them."""
+    """A stage of a traced model, with the model's modules in it and its names."""
 
     def traced_in(self, training: bool) -> None:
         """Say in which mode the model was traced, which is the one that this module computes in."""
@@ -54,7 +55,7 @@ class StageModule(fx.GraphModule):
 
     def train(self, mode: bool = True) -> StageModule:
         """Set the mode, of which the graph takes no notice. Warns where that matters."""
-        if mode is not self.meta.get("traced_in", mode) and any(map(_depends_on_mode, self.graph.nodes)):
+        if mode is not self.meta.get("traced_in", mode) and any(map(_depends_on_mode, self._all_nodes())):
             was, now = ("train", "eval")[mode], ("eval", "train")[mode]
             warnings.warn(
                 f"this stage was traced in {was} mode and computes as in it, dropout and batch norm included, whatever "
@@ -62,6 +63,11 @@ class StageModule(fx.GraphModule):
                 stacklevel=2,
             )
         return super().train(mode)
+
+    def _all_nodes(self) -> Iterator[fx.Node]:
+        for module in self.modules():
+            if isinstance(module, fx.GraphModule):
+                yield from module.graph.nodes
 
 
 def _depends_on_mode(node: fx.Node) -> bool:
@@ -79,9 +85,30 @@ def _depends_on_mode(node: fx.Node) -> bool:
 
 def stage_module(root: torch.nn.Module, graph: fx.Graph, temporary: Iterable[str]) -> StageModule:
     """A graph with what it reads of ``root``, as a module; ``temporary`` buffers stay out of its state dict."""
-    module = StageModule(root, graph)
-    present = {name for name, _ in module.named_buffers(remove_duplicate=False)}
-    mark = _MarksTemporary(frozenset(temporary) & present)
+    names = frozenset(temporary)
+    for path in names & {name for name, _ in root.named_buffers(remove_duplicate=False)}:
+        _mark(root, path)
+
+    def inner(state: torch.nn.Module, part: fx.Graph) -> fx.GraphModule:
+        return _with_marks(fx.GraphModule(state, part), state)
+
+    outlined = outline(root, graph, inner)
+    return _with_marks(StageModule(root, outlined), root)
+
+
+def _with_marks(module: Any, state: torch.nn.Module) -> Any:
+    """Make buffers temporary that are so in ``state``, in the module and in copies of it."""
+    held = {
+        f"{path}.{name}".lstrip(".")
+        for path, part in state.named_modules()
+        for name in part._non_persistent_buffers_set
+    }
+    mark = _MarksTemporary(frozenset(held & {name for name, _ in module.named_buffers(remove_duplicate=False)}))
     mark(module)
     module._register_deepcopy_hook(mark)
     return module
+
+
+def _mark(module: torch.nn.Module, path: str) -> None:
+    parent, _, name = path.rpartition(".")
+    module.get_submodule(parent)._non_persistent_buffers_set.add(name)

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from pp_runtime.in_place import attribute
-
 
 def set_device(module: fx.GraphModule, device: torch.device) -> None:
     """Let a graph compute on a device, wherever it was traced: in ``torch.zeros(..., device=...)``, ``x.to(...)``."""
-    values = (node.meta.get("val") for node in module.graph.nodes)
+    parts = [part for part in module.modules() if isinstance(part, fx.GraphModule)]
+    values = [node.meta.get("val") for part in parts for node in part.graph.nodes]
     traced_on = {value.device.type for value in values if isinstance(value, torch.Tensor)}
-    _set(module, device, traced_on - {device.type})
+    for part in parts:
+        _set(part, device, traced_on - {device.type})
 
 
 def _set(module: fx.GraphModule, device: torch.device, others: Set[str]) -> None:
@@ -24,11 +24,6 @@ def _set(module: fx.GraphModule, device: torch.device, others: Set[str]) -> None
 
     changed = False
     for node in module.graph.nodes:
-        if node.op == "get_attr":
-            inner = attribute(module, str(node.target))
-            if isinstance(inner, fx.GraphModule):
-                _set(inner, device, others)
-            continue
         args, kwargs = fx.node.map_aggregate(node.args, moved), fx.node.map_aggregate(node.kwargs, moved)
         if node.target is torch.ops.higher_order.wrap_with_autocast and node.args[0] in others:
             args = (device.type, *node.args[1:])  # the type in torch.autocast(x.device.type)
