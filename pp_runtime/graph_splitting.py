@@ -150,12 +150,13 @@ class _Part:
                 return roots[str(node.target)]
             return states.fetch(graph, root_module, self.index, node, user) if node.op == "get_attr" else made[node]
 
-        for node in self.nodes:
-            if node.op == "output":
-                continue
-            if node.op == "call_module":
-                states.put_module(root_module, str(node.target))
-            made[node] = graph.node_copy(node, lambda argument, user=node: own(user, argument))  # type: ignore[misc]
+        def emit(nodes: Iterable[fx.Node]) -> None:
+            for node in nodes:
+                if node.op == "call_module":
+                    states.put_module(root_module, str(node.target))
+                made[node] = graph.node_copy(node, lambda argument, user=node: own(user, argument))  # type: ignore[misc]
+
+        emit(node for node in self.nodes if node.op != "output" and not _writes_state(node))
         if is_last:
             output = self.nodes[-1]
             returned = [node for node in _results(output) if isinstance(node, fx.Node)]
@@ -166,6 +167,7 @@ class _Part:
         for place, node in enumerate(returned):
             if node in passing:
                 results[place] = graph.call_function(torch.ops.aten.clone.default, (results[place],))
+        emit(filter(_writes_state, self.nodes))  # behind the copies, which are of the state as the stage read it
         graph.output(results[0] if len(results) == 1 else tuple(results))
         graph.lint()
         return stage_module(root_module, graph, states.temporary)

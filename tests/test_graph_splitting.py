@@ -199,6 +199,22 @@ def test_a_changed_state_is_sent_as_it_was() -> None:
     assert torch.equal(first.count, model.count)
 
 
+class AssignsAfterUse(Sharing):
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.count.view(1, 4)
+        hidden = self.first(x) + scale
+        self.count = self.count + hidden.detach().abs().mean(0)
+        return self.third(self.second(hidden)) + scale
+
+
+def test_an_assigned_state_is_sent_as_it_was_read() -> None:
+    model, x = AssignsAfterUse(), torch.randn(2, 4)
+    pipe = pipeline(copy.deepcopy(model), (x,), split_spec=CUTS)
+    for _ in range(3):
+        assert torch.equal(pipe(x)[0], model(x))
+    assert torch.equal(pipe.get_stage_module(0).count, model.count)
+
+
 def test_a_changed_value_is_passed_on() -> None:
     model, x = Passes(), torch.randn(2, 4)
     pipe = pipeline(model, (x,), split_spec={"third": BEGIN})
