@@ -233,13 +233,20 @@ class _PipelineStage(_PipelineStageBase):
 
         self._wiring = stage_wiring(pipe_info, stage_index)
         self.pipe_info = pipe_info
-        super().__init__(self._wiring.wrap(stage_module), stage_index, pipe_info.num_stages, device, group)
+        super().__init__(stage_module, stage_index, pipe_info.num_stages, device, group)
         if not any(tensor.is_meta for tensor in (*self.submod.parameters(), *self.submod.buffers())):
             self.submod.to(self.device)
 
     @property
     def wiring(self) -> StageWiring | None:
         return self._wiring
+
+    def tied_parameters(self) -> tuple[tuple[tuple[int, str], ...], ...]:
+        """The parameters of the model that several stages use: of each, (stage, name in that stage) for every one.
+
+        The same on every rank. Each stage has a copy of its own, so the gradients of all of them make up the model's.
+        """
+        return getattr(self.pipe_info, "tied_parameters", ())
 
 
 def build_stage(

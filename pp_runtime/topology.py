@@ -12,19 +12,30 @@ given on one rank only. A program that gives it to the later stage as a keyword 
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
 from pp_runtime.errors import PipelineUsageError
 
-# What stands for a root input that the program did not give: a shape that no real one has.
-_ABSENT = (0,) * 7
+
+@dataclass(frozen=True, slots=True)
+class PipeInfo:
+    """What a stage knows of the split model it is of: how the stages are called, and which parameters they share."""
+
+    graph: fx.Graph
+    num_stages: int
+    has_loss_and_backward: bool = False
+    tied_parameters: tuple[tuple[tuple[int, str], ...], ...] = ()
+
+    @staticmethod
+    def of(graph: fx.Graph, num_stages: int, has_loss_and_backward: bool, tied: Any) -> PipeInfo:
+        """With a graph of its own: the split model's own one would keep the modules of all stages alive."""
+        return PipeInfo(copy.deepcopy(graph), num_stages, has_loss_and_backward, tied)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +63,6 @@ class Topology:
 
     roots: tuple[str, ...]  # the model's inputs, in order
     inputs: tuple[tuple[Source, ...], ...]  # of each stage
-    first_outputs: int  # outputs of stage 0 that others use or stand before one that they use
-    forwarded: tuple[str, ...]  # root inputs that stage 0 sends on, as its outputs after those
     edges: tuple[TracedEdge, ...]
 
 
@@ -74,14 +83,6 @@ class StageWiring:
         """Where each positional input of this stage comes from."""
         return self.topology.inputs[self.stage_index]
 
-    def wrap(self, module: torch.nn.Module) -> torch.nn.Module:
-        """The stage's module, as it must be called; the module itself where no root input is sent on."""
-        if self.topology.forwarded and self.stage_index == 0:
-            return _SendsRootInputs(module, self)
-        if self.stage_index > 0 and any(source.root is not None for source in self.inputs):
-            return _TakesRootInputs(module, self)
-        return module
-
 
 def stage_wiring(pipe_info: Any, stage_index: int) -> StageWiring:
     """The wiring of a stage, from ``pipe.info()``."""
@@ -90,6 +91,12 @@ def stage_wiring(pipe_info: Any, stage_index: int) -> StageWiring:
         raise PipelineUsageError(
             f"the traced graph calls {len(topology.inputs)} stages but the pipe has {pipe_info.num_stages}: "
             "trace the model again with pipeline()"
+        )
+    if not isinstance(pipe_info, PipeInfo) and len(topology.roots) > 1:
+        # Its first stage takes the model's inputs by place, in an order that is not the signature's.
+        raise PipelineUsageError(
+            f"stage {stage_index} was split off by torch's own tracer, which mixes up the inputs of a model of "
+            f"several ({', '.join(topology.roots)}): split the model with pp_runtime.pipeline()"
         )
     return StageWiring(stage_index, topology)
 
@@ -104,12 +111,29 @@ def read_topology(graph: fx.Graph) -> Topology:
     calls = [node for node in graph.nodes if node.op == "call_module"]
     stage_of = {node: index for index, node in enumerate(calls)}
     inputs = tuple(tuple(_source(arg, stage_of) for arg in call.args) for call in calls)
-    later = [source for sources in inputs[1:] for source in sources]
-    first_outputs = max((source.output + 1 for source in later if source.stage == 0), default=0)
+    for stage, sources in enumerate(inputs):
+        if stage > 0 and any(source.root is not None for source in sources):
+            raise PipelineUsageError(
+                f"stage {stage} takes an input of the model that stage 0 does not send on: "
+                "split the model with pp_runtime.pipeline()"
+            )
     roots = tuple(str(node.target) for node in graph.nodes if node.op == "placeholder")
-    wanted = {source.root for source in later}
-    forwarded = tuple(root for root in roots if root in wanted)
-    return Topology(roots, inputs, first_outputs, forwarded, _edges(inputs, first_outputs, forwarded))
+    return Topology(roots, inputs, _edges(inputs))
+
+
+def run_stages(split: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run a split model whole: the first stage takes what the model takes, each other one what its edges bring."""
+    values: dict[fx.Node, Any] = {}
+    for node in split.graph.nodes:
+        if node.op == "call_module":
+            module = split.get_submodule(str(node.target))
+            first = not values
+            values[node] = module(*args, **kwargs) if first else module(*(values[arg] for arg in node.args))
+        elif node.op == "call_function":
+            source, place = node.args
+            values[node] = values[source][place]
+    (output,) = (node for node in split.graph.nodes if node.op == "output")
+    return fx.node.map_arg(output.args[0], lambda node: values[node])
 
 
 def _source(arg: Any, stage_of: dict[fx.Node, int]) -> Source:
@@ -128,92 +152,13 @@ def _source(arg: Any, stage_of: dict[fx.Node, int]) -> Source:
     )
 
 
-def _edges(inputs: Sequence[Sequence[Source]], first_outputs: int, forwarded: Sequence[str]) -> tuple[TracedEdge, ...]:
+def _edges(inputs: Sequence[Sequence[Source]]) -> tuple[TracedEdge, ...]:
     pairs: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for destination, sources in enumerate(inputs[1:], start=1):
         for position, source in enumerate(sources):
             if source.stage is not None:
                 pairs.setdefault((source.stage, destination), []).append((source.output, position))
-            elif source.root is not None:
-                output = first_outputs + forwarded.index(source.root)
-                pairs.setdefault((0, destination), []).append((output, position))
     return tuple(
         TracedEdge(source, destination, tuple(o for o, _ in ends), tuple(i for _, i in ends))
         for (source, destination), ends in sorted(pairs.items())
     )
-
-
-class _StageView(torch.nn.Module):
-    """Another way to call a stage's module, with the same parameters under the same names.
-
-    Its children are the module's own, in the same dictionaries, so that checkpoints, ``to`` and data parallelism see
-    no difference.
-    """
-
-    traced_module: torch.nn.Module
-
-    def __init__(self, module: torch.nn.Module, wiring: StageWiring) -> None:
-        super().__init__()
-        self._parameters, self._buffers, self._modules = module._parameters, module._buffers, module._modules
-        self._non_persistent_buffers_set = module._non_persistent_buffers_set
-        # Not as a child, which would put a prefix before every name.
-        object.__setattr__(self, "traced_module", module)
-        self.wiring = wiring
-
-    def train(self, mode: bool = True) -> _StageView:
-        self.traced_module.train(mode)
-        self.training = mode
-        return self
-
-
-class _SendsRootInputs(_StageView):
-    """Stage 0, with the root inputs that later stages use as further outputs."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        topology = self.wiring.topology
-        given = _by_root(topology.roots, args, kwargs)
-        own = [source.root for source in self.wiring.inputs]
-        if len(own) == len(topology.roots) or len(args) + len(kwargs) == len(own):
-            # Either the module takes what the model takes, or the program gives what the module takes.
-            output = self.traced_module(*args, **kwargs)
-            if len(own) != len(topology.roots):
-                given = _by_root([root for root in own if root is not None], args, kwargs)
-        else:
-            output = self.traced_module(*(_given(given, root, "the first stage") for root in own))
-        outputs = tuple(output) if isinstance(output, (tuple, list)) else (output,)
-        nothing = torch.empty(_ABSENT)
-        return outputs[: topology.first_outputs] + tuple(given.get(root, nothing) for root in topology.forwarded)
-
-
-class _TakesRootInputs(_StageView):
-    """A later stage that uses root inputs: those that stage 0 sent, or those given here as keyword arguments."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        values = list(args)
-        for position, source in enumerate(self.wiring.inputs):
-            if source.root is None:
-                continue
-            if source.root in kwargs:
-                values[position] = kwargs.pop(source.root)
-            elif tuple(values[position].shape) == _ABSENT:
-                _given({}, source.root, f"stage {self.wiring.stage_index}")
-        return self.traced_module(*values, **kwargs)
-
-
-def _by_root(roots: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The model's inputs by the names that the tracer gave them: leaves of containers have names of their own."""
-    given = dict(zip(roots, tree_leaves(tuple(args)), strict=False))
-    for name, value in kwargs.items():
-        leaves = tree_leaves(value)
-        names = [name] if name in roots else [root for root in roots if root.startswith(f"{name}_")]
-        given.update(zip(names, leaves, strict=False))
-    return given
-
-
-def _given(given: dict[str, Any], root: str | None, user: str) -> Any:
-    if root is None or root not in given:
-        raise PipelineUsageError(
-            f"{user} uses the model's input '{root}', which was not given: pass it to step() on the rank of the first "
-            "stage, where all inputs of the model go"
-        )
-    return given[root]

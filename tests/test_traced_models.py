@@ -86,20 +86,26 @@ def test_traced_models_are_evaluated_between_steps(name: str) -> None:
     assert ranks.run(_evaluate, 2, name=name) == [[], []]
 
 
-def _pass_by_keyword(rank: int) -> list[str]:
+def _pass_by_keyword(rank: int, schedule: str, giver: int) -> list[str]:
+    """The mask goes in by keyword on one rank, everything else on the first."""
+    per_rank = 1 if schedule == "GPipe" else 2
     plain, loss_fn = traced.build("skips"), functools.partial(traced.loss_of, "skips")
-    stages = [traced.trace("skips", 2, keyword=True).build_stage(rank, torch.device("cpu"))]
-    pipeline = make_schedule("GPipe", stages, 3, loss_fn)
+    pipe = traced.trace("skips", 2 * per_rank, keyword=True)
+    held = held_by(rank, schedule, 2, per_rank)
+    stages = [pipe.build_stage(index, torch.device("cpu")) for index in held]
+    pipeline = make_schedule(schedule, stages, 3, loss_fn)
     batch = traced.batch("skips", ROWS, 0)
-    kwargs = {"attention_mask": batch.args[1]} if rank == 0 else {}
+    kwargs = {"attention_mask": batch.args[1]} if rank == giver else {}
     got = step(pipeline, stages, reference.Batch(batch.args[:1], batch.target, kwargs), "eval")
     expected = reference.evaluate([plain], batch, 3, loss_fn)
-    return differences_of_step("eval", got, expected, last=rank == 1, exact=False)
+    return differences_of_step("eval", got, expected, last=2 * per_rank - 1 in held, exact=False)
 
 
 @api.ours_only("brings inputs to the first stage only")
-def test_keyword_inputs_go_in_at_the_first_rank() -> None:
-    assert ranks.run(_pass_by_keyword, 2) == [[], []]
+@pytest.mark.parametrize("giver", [0, 1])
+@pytest.mark.parametrize("schedule", ["GPipe", "Interleaved1F1B"])
+def test_keyword_inputs_go_in_at_the_first_rank_or_where_they_are_used(schedule: str, giver: int) -> None:
+    assert ranks.run(_pass_by_keyword, 2, schedule=schedule, giver=giver) == [[], []]
 
 
 def _look_at_pipe(rank: int) -> None:
@@ -111,3 +117,83 @@ def _look_at_pipe(rank: int) -> None:
 
 def test_a_pipe_knows_its_stages_and_keeps_parameter_names() -> None:
     ranks.run(_look_at_pipe, 1)
+
+
+def _give_wrong_names(rank: int) -> str:
+    stages = [traced.trace("skips", 2, keyword=True).build_stage(rank, torch.device("cpu"))]
+    pipeline = make_schedule("GPipe", stages, 3, functools.partial(traced.loss_of, "skips"))
+    batch = traced.batch("skips", ROWS, 0)
+    kwargs = {"attention_msk": batch.args[1]} if rank == 0 else {}
+    try:
+        step(pipeline, stages, reference.Batch(batch.args[:1], batch.target, kwargs), "eval")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@api.ours_only("takes inputs by place")
+def test_an_unknown_input_ends_the_step_on_every_rank() -> None:
+    for said in ranks.run(_give_wrong_names, 2):
+        assert "no input 'attention_msk'; its inputs are 'x', 'attention_mask'" in said
+
+
+def _train_replicas(rank: int, kind: str, schedule: str) -> list[str]:
+    """Two replicas of two ranks; says which gradients are not the mean of the replicas'."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    pipeline_rank, replica = divmod(rank, 2)
+    per_rank = 1 if schedule == "1F1B" else 2
+    plain, loss_fn = traced.build("skips"), functools.partial(traced.loss_of, "skips")
+    pipe, group = traced.trace("skips", 2 * per_rank), mesh["pp"].get_group()
+    stages = []
+    for index in held_by(pipeline_rank, schedule, 2, per_rank):
+        module = _replicated(pipe.get_stage_module(index), kind, mesh["dp"])
+        stages.append(api.build_stage(module, index, pipe.info(), torch.device("cpu"), group))
+    pipeline = make_schedule(schedule, stages, 3, loss_fn)
+    batches = [traced.batch("skips", ROWS, number) for number in range(2)]
+    step(pipeline, stages, batches[replica])
+    total: dict[str, torch.Tensor] = {}
+    for batch in batches:
+        reference.train_step([plain], batch, loss_fn, 3)
+        for name, parameter in plain.named_parameters():
+            total[name] = total.get(name, 0) + parameter.grad / 2
+    found = []
+    for stage in stages:
+        for name, parameter in stage.submod.named_parameters():
+            grad = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+            found += reference.differences(name, grad, total[name.removeprefix("module.")], exact=False)
+    return found
+
+
+def _replicated(module: torch.nn.Module, kind: str, mesh: dist.DeviceMesh) -> torch.nn.Module:
+    if kind == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(module, process_group=mesh.get_group())
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(module, mesh=mesh, reshard_after_forward=False)
+
+
+@api.ours_only("is shown by torch's own tests")
+@pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_traced_stages_may_be_data_parallel(kind: str, schedule: str) -> None:
+    assert ranks.run(_train_replicas, 4, kind=kind, schedule=schedule) == [[]] * 4
+
+
+def _tied(rank: int, schedule: str) -> tuple[object, list[str]]:
+    """What this rank's stages declare, and whether each place of it that is here is a parameter."""
+    model = traced.build("gpt2")
+    model.model.lm_head.weight = model.model.transformer.wte.weight
+    split = {traced.SPLITS["gpt2"].format(index): api.SplitPoint.BEGINNING for index in (1, 2, 3)}
+    pipe = api.pipeline(model, traced.batch("gpt2", 2, 0).args, split_spec=split)
+    stages = [pipe.build_stage(index, torch.device("cpu")) for index in held_by(rank, schedule, 2, 2)]
+    (declared,) = {stage.tied_parameters() for stage in stages}
+    here = {stage.stage_index: dict(stage.submod.named_parameters()) for stage in stages}
+    return declared, [name for places in declared for index, name in places if index in here and name in here[index]]
+
+
+@api.ours_only("has no such declaration")
+def test_traced_stages_declare_tied_parameters_alike_on_every_rank() -> None:
+    embedding, head = "model.transformer.wte.weight", "model.lm_head.weight"
+    declared = (((0, embedding), (3, head)),)
+    assert ranks.run(_tied, 2, schedule="LoopedBFS") == [(declared, [embedding]), (declared, [head])]
+    assert ranks.run(_tied, 2, schedule="DualPipeV") == [(declared, [embedding, head]), (declared, [])]
