@@ -100,8 +100,9 @@ class Plan:
     def with_communication(self) -> Order:
         """The order with sends, receives, unshards, reshards and reductions."""
         if self._with_comms:
-            # The executor waits where a receive stands, so a loaded order's receives go to where they are needed.
-            return defer_receives(self.order)
+            # The executor waits where a receive stands, so a loaded order's receives go to where they are needed. A
+            # sharded stage without a reduction would keep each rank's own gradients.
+            return defer_receives(insert_reduce_grad(self.order))
         order = insert_reduce_grad(insert_unshard(self.order)) if self._has_backward else self.order
         return insert_communication(order, self.placement, self.wiring.edges, backward=self._has_backward)
 

@@ -193,6 +193,49 @@ def test_gradients_of_tensor_and_data_parallel_stages_are_the_plain_models() -> 
     assert ranks.run(_compare_on_8_ranks, 8, timeout=110, schedules=schedules) == [[]] * 8
 
 
+def _bare_order(rank: int, kind: str) -> list[str]:
+    """An order with sends and receives, and nothing about gathering and reducing, as older files have it."""
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("pipeline", "data"))
+    place, replica = mesh.get_coordinate()
+    torch.manual_seed(1)
+    plain = [Part() for _ in range(4)]
+    held = held_by(place, "InterleavedZeroBubble", 2, 2)
+    modules = {index: copy.deepcopy(plain[index]) for index in held}
+    stages = make_stages(modules, 4, mesh["pipeline"].get_group())
+    named = make_schedule("InterleavedZeroBubble", stages, MICROBATCHES, _loss)
+    about_stages = ("UNSHARD", "RESHARD", "REDUCE_GRAD")
+    order = {
+        each: [action for action in actions if action.computation_type.value not in about_stages]
+        for each, actions in named.pipeline_order_with_comms.items()
+    }
+    schedule = api.schedules._PipelineScheduleRuntime(stages, MICROBATCHES, loss_fn=_loss)
+    schedule._prepare_schedule_with_comms(order, format="compute_comms")
+    for stage in stages:
+        stage.submod = KINDS[kind][0](stage.submod, mesh)  # type: ignore[misc]
+    own = []
+    for data in range(2):
+        reference.train_step(plain, _batch(data), F.mse_loss, MICROBATCHES)
+        own.append([parameter.grad for module in plain for parameter in module.parameters()])
+    mean = [(a + b) / 2 for a, b in zip(*own, strict=True)]
+    wanted = dict(
+        zip([(i, n) for i, module in enumerate(plain) for n, _ in module.named_parameters()], mean, strict=True)
+    )
+    batch = _batch(replica)
+    schedule.step(*(batch.args if 0 in held else ()), **({"target": batch.target} if 3 in held else {}))
+    found = []
+    for stage in stages:
+        bare = [name for name, _ in plain[stage.stage_index].named_parameters()]
+        for name, parameter in zip(bare, stage.submod.parameters(), strict=True):
+            expected = wanted[stage.stage_index, name]
+            found += reference.differences(f"{stage.stage_index} {name}", _whole(parameter.grad), expected, exact=False)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["FSDP2, after", "DDP, after", "replicate, after"])
+def test_an_order_that_says_nothing_of_reducing_reduces(kind: str) -> None:
+    assert ranks.run(_bare_order, 4, kind=kind) == [[]] * 4
+
+
 class _Collectives(TorchDispatchMode):
     """Counts the collectives that this thread begins."""
 

@@ -186,3 +186,37 @@ def test_a_name_that_is_no_parameter_is_refused() -> None:
             stage.tie("embeddings.weight", "words")
     finally:
         dist.destroy_process_group()
+
+
+def _train_traced(rank: int, schedules: list[str]) -> list[str]:
+    """A traced model's tied weights are tied by themselves."""
+    found = []
+    for name in schedules:
+        count = 2 * stages_allowed(name, 2)[-1]
+        plain = nn.Sequential(*_model(count))
+        split = {str(index): api.SplitPoint.BEGINNING for index in range(1, count)}
+        pipe = api.pipeline(copy.deepcopy(plain), (_batch(0)[0][:2],), split_spec=split)
+        held = held_by(rank, name, 2, count // 2)
+        stages = [pipe.build_stage(index, torch.device("cpu")) for index in held]
+        schedule = make_schedule(name, stages, MICROBATCHES, _loss)
+        learning = list({id(p): p for stage in stages for p in stage.submod.parameters()}.values())
+        optimizers = [torch.optim.SGD(learning, lr=0.2), torch.optim.SGD(plain.parameters(), lr=0.2)]
+        for step in range(2):
+            words, wanted = _batch(step)
+            for x, y in zip(words.chunk(MICROBATCHES), wanted.chunk(MICROBATCHES), strict=True):
+                (_loss(plain(x), y) / MICROBATCHES).backward()
+            schedule.step(*((words,) if 0 in held else ()), **({"target": wanted} if count - 1 in held else {}))
+            for stage in stages:
+                for key, parameter in stage.submod.named_parameters():
+                    where = f"{name}: step {step}, stage {stage.stage_index} {key}"
+                    theirs = plain.get_parameter(key)
+                    found += reference.differences(f"{where} grad", parameter.grad, theirs.grad, exact=False)
+                    found += reference.differences(where, parameter.detach(), theirs.detach(), exact=False)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    return found
+
+
+def test_tied_weights_of_a_traced_model_train_as_one() -> None:
+    assert ranks.run(_train_traced, 2, timeout=110, schedules=EVERY_SCHEDULE) == [[]] * 2

@@ -13,16 +13,17 @@ from pp_runtime.ir import BACKWARD_WEIGHT, FULL_BACKWARD, REDUCE_GRAD, RESHARD, 
 
 
 def insert_reduce_grad(order: Order) -> Order:
-    """A REDUCE_GRAD after the last B or W of each stage."""
+    """A REDUCE_GRAD after the last B or W of each stage that has none."""
     return {rank: _reduce_after_last_backward(actions) for rank, actions in order.items()}
 
 
 def _reduce_after_last_backward(actions: Sequence[Action]) -> list[Action]:
     last: dict[int, int] = {}  # stage -> position, last position first
+    reduced = {action[0] for action in actions if action[1] is REDUCE_GRAD}
     for position in range(len(actions) - 1, -1, -1):
         action = actions[position]
         for stage, kind, _, _ in reversed(action[3] or (action,)):
-            if (kind is FULL_BACKWARD or kind is BACKWARD_WEIGHT) and stage not in last:
+            if (kind is FULL_BACKWARD or kind is BACKWARD_WEIGHT) and stage not in last and stage not in reduced:
                 last[stage] = position
     result: list[Action] = []
     start = 0
