@@ -15,8 +15,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ._extension import check_extension
+from ._torchs_place import stand_in_torchs_place
 
 check_extension()
+stand_in_torchs_place()
 
 from .errors import InvalidOrderError, PipelineError, PipelineUsageError  # noqa: E402
 from .schedules import (  # noqa: E402

@@ -60,6 +60,24 @@ dist.destroy_process_group()
 """
 
 
+MODULES = """
+import sys, pp_runtime
+sys.modules["torch.distributed.pipelining"] = pp_runtime
+import torch.distributed.pipelining.schedules as schedules
+from torch.distributed.pipelining.stage import PipelineStage
+from torch.distributed.pipelining.microbatch import TensorChunkSpec
+from torch.distributed.pipelining._backward import stage_backward
+import pp_runtime._backward, pp_runtime.microbatch, pp_runtime.stage
+assert schedules is pp_runtime.schedules and schedules.__spec__.name == "pp_runtime.schedules"
+assert PipelineStage is pp_runtime.PipelineStage and TensorChunkSpec is pp_runtime.microbatch.TensorChunkSpec
+assert stage_backward is pp_runtime._backward.stage_backward
+try:
+    import torch.distributed.pipelining.nothing
+except ModuleNotFoundError as error:
+    print(error)
+"""
+
+
 def _run(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -82,3 +100,12 @@ print(_IR.PipeSequential.__module__, _unflatten._outline_submodules.__module__, 
 """
     expected = "torch.distributed.pipelining._IR torch.distributed.pipelining._unflatten False"
     assert _run(swap + code).strip() == expected
+
+
+def test_torchs_names_of_modules_are_our_modules_once_the_package_is_ours() -> None:
+    assert "nothing" in _run(MODULES)
+
+
+def test_nothing_is_taken_from_torch_unless_the_program_swaps_the_package() -> None:
+    code = "import pp_runtime, torch.distributed.pipelining.stage as s; print(s.__file__)"
+    assert "torch/distributed/pipelining" in _run(code)
