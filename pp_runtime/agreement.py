@@ -25,9 +25,9 @@ from typing import Any
 import torch.distributed as dist
 
 from . import _C
-from .errors import PipelineError
+from .errors import PipelineError, PipelineUsageError
 from .failures import FailureRecord
-from .groups import group_or_world, is_dry_run
+from .groups import group_or_world
 
 
 @dataclass(slots=True)
@@ -168,15 +168,23 @@ def _host() -> str:
 
 def _group_store(group: dist.ProcessGroup) -> _GroupStore:
     if group not in _stores:
-        store: Any = dist.distributed_c10d._get_process_group_store(group)
-        _stores[group] = _GroupStore(_own_connection(store, group))
+        # A group of one rank has nobody to tell, and in a dry run its store keeps nothing.
+        alone = dist.get_world_size(group) == 1
+        store: Any = dist.HashStore() if alone else dist.distributed_c10d._get_process_group_store(group)
+        _stores[group] = _GroupStore(_own_connection(store))
     return _stores[group]
 
 
-def _own_connection(store: Any, group: dist.ProcessGroup) -> Any:
-    if is_dry_run(group):
-        return dist.HashStore()  # its only rank talks to itself, and a FakeStore keeps nothing
+def _own_connection(store: Any) -> Any:
     try:
         return store.clone()
     except (RuntimeError, NotImplementedError):
-        return store  # one that cannot be cloned, written in Python perhaps, is shared with whoever else uses it
+        pass  # shared, then, with whoever else uses it
+    try:
+        store.check(["pp_runtime"])
+    except (RuntimeError, NotImplementedError) as error:
+        raise PipelineUsageError(
+            f"the process group's store can neither be cloned nor asked for a key ({error}): make the process group "
+            "with a TCPStore, a FileStore or a HashStore"
+        ) from error
+    return store
