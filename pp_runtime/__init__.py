@@ -18,7 +18,9 @@ from ._extension import check_extension
 
 check_extension()
 
+from .clipping import clip_grad_norm_  # noqa: E402
 from .errors import InvalidOrderError, PipelineError, PipelineUsageError  # noqa: E402
+from .grad_scaler import PipelineGradScaler  # noqa: E402
 from .schedules import (  # noqa: E402
     Schedule1F1B,
     ScheduleAuto,
@@ -44,6 +46,7 @@ __all__ = [
     "InvalidOrderError",
     "Pipe",
     "PipelineError",
+    "PipelineGradScaler",
     "PipelineStage",
     "PipelineUsageError",
     "Schedule1F1B",
@@ -61,6 +64,7 @@ __all__ = [
     "SplitPoint",
     "_ScheduleForwardOnly",
     "build_stage",
+    "clip_grad_norm_",
     "get_schedule_class",
     "pipe_split",
     "pipeline",
