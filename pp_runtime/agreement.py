@@ -178,6 +178,8 @@ def _group_store(group: dist.ProcessGroup) -> _GroupStore:
 def _own_connection(store: Any) -> Any:
     try:
         return store.clone()
+    except dist.DistError:
+        raise  # its keeper is gone
     except (RuntimeError, NotImplementedError):
         pass  # shared, then, with whoever else uses it
     try:

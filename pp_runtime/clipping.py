@@ -1,6 +1,6 @@
 """Clipping gradients by their norm over all stages, each gradient counted once however it is laid out.
 
-plain tensor          counted on each rank of the pipeline's group; data-parallel ranks hold the same one
+plain tensor          whole: counted on its rank of the pipeline's group; data-parallel ranks hold the same one
 sharded DTensor       the shards' norms are reduced over the mesh dimensions that it is sharded on
 replicated DTensor    counted once
 partial DTensor       added up first
@@ -12,6 +12,7 @@ norm^p = sum over the pipeline's ranks of (sum over a rank's gradients of (sum o
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,8 +93,19 @@ def _parameters_of(given: Sequence[Clipped]) -> list[torch.Tensor]:
             )
         modules = each.modules() if isinstance(each, _PipelineStageBase) else (each,)
         for module in modules:
+            _refuse_flat(module)
             found.update((id(parameter), parameter) for parameter in module.parameters())
     return list(found.values())
+
+
+def _refuse_flat(module: torch.nn.Module) -> None:
+    # Where nobody imported FSDP there is none; importing it takes a while.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(isinstance(each, fsdp.FullyShardedDataParallel) for each in module.modules()):
+        raise PipelineUsageError(
+            "clip_grad_norm_ cannot tell the shards of FullyShardedDataParallel from whole gradients: shard the stage "
+            "with fully_shard (FSDP2), whose gradients are DTensors"
+        )
 
 
 def _group_of(given: Sequence[Clipped]) -> dist.ProcessGroup:

@@ -351,3 +351,14 @@ def test_ranks_without_gradients_follow_the_scale_and_float16_ones_are_refused_b
     for rank, (values, raised) in enumerate(ranks.run(_scale_without_gradients, 2)):
         assert values == ([float("-inf")] * 2 if rank == 0 else [1.0, 1.0]) + [2.0], values
         assert "float16" in raised, raised
+
+
+def _flat(rank: int) -> str:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    module = FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu"))
+    return _raised(lambda: clip_grad_norm_(module, 1.0, group=dist.group.WORLD))
+
+
+def test_shards_that_cannot_be_told_from_whole_gradients_are_refused() -> None:
+    assert all("fully_shard" in text for text in ranks.run(_flat, 2))
