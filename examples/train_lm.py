@@ -21,9 +21,10 @@ from tqdm import tqdm
 from lm import checkpoints
 from lm.history import History
 from lm.model import ModelConfig, token_loss
-from lm.optimisation import clip_across_stages, learning_rate, make_adamw
+from lm.optimisation import learning_rate, make_adamw
 from lm.stages import SCHEDULES, Rank, build_stages
 from lm.text import VOCABULARY, Corpus, bits
+from pp_runtime import clip_grad_norm_
 from pp_runtime.schedules import PipelineScheduleMulti, get_schedule_class
 
 
@@ -53,7 +54,7 @@ class Trainer:
         x, y = self.corpus.batch(step, self.flags.batch, self.flags.length)
         args, targets, losses = self._handed_in(x, y)
         self.schedule.step(*args, target=targets, losses=losses, return_outputs=False)
-        clip_across_stages(self.modules, self.flags.clip, self.rank.device)
+        clip_grad_norm_(self.stages, self.flags.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.flags.steps, self.flags.rate, self.flags.warmup)
         self.optimizer.step()

@@ -20,7 +20,9 @@ from ._torchs_place import stand_in_torchs_place
 check_extension()
 stand_in_torchs_place()
 
+from .clipping import clip_grad_norm_  # noqa: E402
 from .errors import InvalidOrderError, PipelineError, PipelineUsageError  # noqa: E402
+from .grad_scaler import PipelineGradScaler  # noqa: E402
 from .schedules import (  # noqa: E402
     Schedule1F1B,
     ScheduleAuto,
@@ -46,6 +48,7 @@ __all__ = [
     "InvalidOrderError",
     "Pipe",
     "PipelineError",
+    "PipelineGradScaler",
     "PipelineStage",
     "PipelineUsageError",
     "Schedule1F1B",
@@ -63,6 +66,7 @@ __all__ = [
     "SplitPoint",
     "_ScheduleForwardOnly",
     "build_stage",
+    "clip_grad_norm_",
     "get_schedule_class",
     "pipe_split",
     "pipeline",

@@ -1,7 +1,14 @@
 """What the ranks of a pipeline tell each other before their first step, through the process group's store.
 
 claim    what each rank holds and means to run; compared, so that a mistake is an error on every rank
+offer    where each rank's shared memory is
 reach    which ranks' memory each rank can read, so that both ends of a channel choose the same transport
+
+The ranks count attempts to run a schedule on a group: a schedule's first step is one, and so is a stage or a schedule
+that could not be made (refusals.py). An attempt that fails on any rank fails on all, so every rank counts alike:
+
+    rank 0   attempt 0: refused, told        attempt 1: first step
+    rank 1   attempt 0: first step, raises   attempt 1: first step
 """
 
 from __future__ import annotations
@@ -19,50 +26,36 @@ import torch.distributed as dist
 
 from . import _C
 from .errors import PipelineError, PipelineUsageError
+from .failures import FailureRecord
+from .groups import group_or_world
 
 
 @dataclass(slots=True)
 class _GroupStore:
-    """A connection of our own to a group's store, and how many runtimes have used it.
+    """A connection of our own to a group's store, and how many attempts this rank has counted.
 
     A look at the failure key must never stand behind somebody's blocking get; but a connection takes long to make, so
-    the group's runtimes share it.
+    all attempts share it.
     """
 
     store: Any
-    runtimes: int = 0
+    attempts: int = 0
 
 
 _stores: weakref.WeakKeyDictionary[dist.ProcessGroup, _GroupStore] = weakref.WeakKeyDictionary()
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """What one rank says of itself. Every field but ``stages`` must be the same on all ranks."""
-
-    stages: tuple[int, ...]
-    num_stages: int
-    num_microbatches: int
-    placement: tuple[int, ...]
-    has_backward: bool
-    order: str
-
-
-def group_or_world(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """The group, or the default one."""
-    world = group if group is not None else dist.group.WORLD
-    if world is None:
-        raise PipelineUsageError("there is no process group: call torch.distributed.init_process_group() first")
-    return world
+class RankAbsent(PipelineError):
+    """A rank did not come to its first step in time."""
 
 
 class Agreement:
-    """The store as the ranks of one runtime use it. Runtimes of one group are numbered in the order of their making."""
+    """The store as the ranks use it in one attempt to run a schedule; making it takes the attempt's number."""
 
     def __init__(self, group: dist.ProcessGroup | None, deadline: float) -> None:
         shared = _group_store(group_or_world(group))
-        self.serial = shared.runtimes
-        shared.runtimes += 1
+        self.serial = shared.attempts
+        shared.attempts += 1
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self._prefix = f"pp_runtime/{self.serial}"
@@ -71,6 +64,26 @@ class Agreement:
         self.watch = _C.Watch(shared.store, f"{self._prefix}/failure", deadline)
         # Of the other ranks on this host, as they introduced themselves.
         self.pids: dict[int, int] = {}
+
+    @staticmethod
+    def begin(group: dist.ProcessGroup | None, deadline: float) -> Agreement:
+        """The agreement of a first step.
+
+        Attempts that the others gave up because this rank never came are passed over, where they have begun another.
+        """
+        agreement = Agreement(group, deadline)
+        while agreement._missed():
+            agreement = Agreement(group, deadline)
+        return agreement
+
+    def _missed(self) -> bool:
+        text = self.watch.failure()
+        record = FailureRecord.from_text(text) if text else None
+        if record is None or not record.absent or record.rank != self.rank:
+            return False
+        following = f"pp_runtime/{self.serial + 1}"
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        return any(self._store.check([f"{following}/claim/{rank}"]) for rank in others)
 
     @property
     def deadline(self) -> float:
@@ -136,7 +149,7 @@ class Agreement:
             self.watch.throw_lost(ended)
         waited = time.monotonic() - since
         if waited > self._deadline:
-            raise PipelineError(
+            raise RankAbsent(
                 f"rank {self.rank} waited {waited:.1f} s for rank {rank} to begin its first step ({topic}): "
                 "call step() on every rank of the group",
                 rank=rank,
@@ -155,42 +168,25 @@ def _host() -> str:
 
 def _group_store(group: dist.ProcessGroup) -> _GroupStore:
     if group not in _stores:
-        store: Any = dist.distributed_c10d._get_process_group_store(group)
-        _stores[group] = _GroupStore(store.clone())
+        # A group of one rank has nobody to tell, and in a dry run its store keeps nothing.
+        alone = dist.get_world_size(group) == 1
+        store: Any = dist.HashStore() if alone else dist.distributed_c10d._get_process_group_store(group)
+        _stores[group] = _GroupStore(_own_connection(store))
     return _stores[group]
 
 
-def check_claims(claims: list[Claim]) -> None:
-    """Raise, alike on every rank, where the claims do not make one pipeline."""
-    first = claims[0]
-    holders: dict[int, int] = {}
-    for rank, claim in enumerate(claims):
-        _check_same(rank, "num_stages", claim.num_stages, first.num_stages)
-        _check_same(rank, "n_microbatches", claim.num_microbatches, first.num_microbatches)
-        for stage in claim.stages:
-            other = holders.setdefault(stage, rank)
-            if other != rank:
-                raise PipelineUsageError(
-                    f"stage {stage} is claimed by rank {other} and by rank {rank}: give each stage index to one rank"
-                )
-    missing = sorted(set(range(first.num_stages)) - set(holders))
-    if missing:
+def _own_connection(store: Any) -> Any:
+    try:
+        return store.clone()
+    except dist.DistError:
+        raise  # its keeper is gone
+    except (RuntimeError, NotImplementedError):
+        pass  # shared, then, with whoever else uses it
+    try:
+        store.check(["pp_runtime"])
+    except (RuntimeError, NotImplementedError) as error:
         raise PipelineUsageError(
-            f"no rank holds stage {missing[0]}: each of the {first.num_stages} stages needs a rank"
-        )
-    for rank, claim in enumerate(claims):
-        for stage in claim.stages:
-            if claim.placement[stage] != rank:
-                raise PipelineUsageError(
-                    f"rank {rank} holds stage {stage}, which the schedule runs on rank {claim.placement[stage]}: "
-                    f"make stage {stage} on rank {claim.placement[stage]}"
-                )
-        _check_same(rank, "having a loss_fn", claim.has_backward, first.has_backward)
-        _check_same(rank, "the schedule's order", claim.order, first.order)
-
-
-def _check_same(rank: int, what: str, value: Any, expected: Any) -> None:
-    if value != expected:
-        raise PipelineUsageError(
-            f"{what} is {value} on rank {rank} and {expected} on rank 0: make it the same on every rank"
-        )
+            f"the process group's store can neither be cloned nor asked for a key ({error}): make the process group "
+            "with a TCPStore, a FileStore or a HashStore"
+        ) from error
+    return store

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from . import _C
-from .agreement import Agreement, group_or_world
+from .agreement import Agreement
 from .communicators import Communicators, check_sequences, chosen_communicators
 from .errors import PipelineUsageError
+from .groups import group_or_world
 from .lanes import lanes_for
 from .lowering import Channel
 from .whereabouts import Lookout

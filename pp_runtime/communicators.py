@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .agreement import group_or_world
 from .errors import PipelineUsageError
+from .groups import group_or_world
 from .ir import RECV_B, RECV_F, SEND_B, SEND_F, Order, Placement
 from .lowering import Channel
 from .passes.edges import Edge

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import _C
+from .agreement import Agreement, RankAbsent
 from .errors import PipelineError
 from .failures import FailureRecord
 
 if TYPE_CHECKING:
-    from .agreement import Agreement
     from .whereabouts import Lookout
 
 _STORE_LOST = (
@@ -45,6 +45,8 @@ def _caused_by_peer(error: BaseException, agreement: Agreement, lookout: Lookout
     """The record of a rank that was lost or that is late, which cannot make its own."""
     if isinstance(error, _C.StoreLost):
         return FailureRecord(-1, "", f"{_STORE_LOST}: {error}", "")
+    if isinstance(error, RankAbsent):
+        return FailureRecord(-1 if error.rank is None else error.rank, "", error.reason, "", absent=True)
     if isinstance(error, _C.WaitedTooLong) and lookout is not None:
         culprit = lookout.culprit(error.seconds)
         place = {} if culprit.at is None else culprit.at.place()

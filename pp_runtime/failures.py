@@ -15,7 +15,8 @@ _LONGEST_TRACEBACK = 8000
 class FailureRecord:
     """Where and why a rank failed. ``action`` is the text of the action it was in, None outside a step.
 
-    ``kind`` is the error's class; empty where others tell it of a rank that cannot.
+    ``kind`` is the error's class; empty where others tell it of a rank that cannot. ``absent`` says that the rank
+    did not come to its first step.
     """
 
     rank: int
@@ -25,6 +26,7 @@ class FailureRecord:
     stage: int | None = None
     microbatch: int | None = None
     action: str | None = None
+    absent: bool = False
 
     @staticmethod
     def of(

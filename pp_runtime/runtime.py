@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import _C
-from .agreement import Agreement, Claim, check_claims, group_or_world
+from .agreement import Agreement
 from .channels import OpenChannels, open_channels
+from .claims import Claim, check_claims, check_orders, fingerprint
 from .deadline import checked_deadline, default_deadline
 from .endings import end_of_step
 from .errors import PipelineModeError
 from .failures import FailureRecord
+from .groups import check_ranks_exist, group_or_world
 from .ir import ActionType, Order, Placement
 from .lowering import Handlers, Lowered, MethodHandler
 from .memory_report import MemoryReport, Meter, Signature, loads_of, plan_memory
@@ -56,7 +57,9 @@ class Runtime:
         rebuild_order: Callable[[], Order] | None = None,
         method_handlers: Callable[[_PipelineStageBase, frozenset[str]], Mapping[ActionType, MethodHandler]]
         | None = None,
+        name: str = "this schedule",
     ) -> None:
+        self._name = name
         self._stages = sorted(stages, key=lambda stage: stage.stage_index)
         self._has_backward = has_backward
         self._rank = stages[0].group_rank
@@ -120,12 +123,15 @@ class Runtime:
             outputs if holds_last and return_outputs else None, [loss for loss in losses if loss is not None]
         )
 
+    def began(self) -> bool:
+        """Whether the other ranks know of this runtime: its first step was begun."""
+        return self._agreement is not None
+
     def refuse(self, error: Exception) -> None:
-        """Tell the other ranks that this one cannot take part in the step, and why."""
+        """Tell the other ranks, once the first step was begun, that this one cannot take part in a step, and why."""
         self._over = True
-        if self._agreement is None:
-            self._agreement = Agreement(self._group, self._deadline)
-        self._agreement.watch.publish(FailureRecord.of(error, self._rank).to_text())
+        if self._agreement is not None:
+            self._agreement.watch.publish(FailureRecord.of(error, self._rank).to_text())
 
     def over(self) -> bool:
         """Whether a failure ended this runtime."""
@@ -194,8 +200,9 @@ class Runtime:
         if self._over:
             raise PipelineModeError("an earlier step of this schedule failed: make a new schedule")
         if self._agreement is None:
+            check_ranks_exist(group_or_world(self._group))
             # First, so that whatever fails from here on can be told to the other ranks.
-            self._agreement = Agreement(self._group, self._deadline)
+            self._agreement = Agreement.begin(self._group, self._deadline)
         for stage in self._stages:
             stage.refresh()
         replaced = [stage.replaced() for stage in self._stages]
@@ -243,17 +250,17 @@ class Runtime:
             num_microbatches=plan.num_microbatches,
             placement=tuple(plan.placement),
             has_backward=self._has_backward,
-            order=_fingerprint(plan.order),
+            order=fingerprint(plan.order),
+            schedule=self._name,
         )
         ties = claims_of(self._stages)
         words = agreement.exchange("claim", {**asdict(own), "ties": [asdict(tie) for tie in ties]})
         tied = [read_claims(word.pop("ties")) for word in words]
-        check_claims(
-            [
-                Claim(**{**word, "stages": tuple(word["stages"]), "placement": tuple(word["placement"])})
-                for word in words
-            ]
-        )
+        claims = [
+            Claim(**{**word, "stages": tuple(word["stages"]), "placement": tuple(word["placement"])}) for word in words
+        ]
+        check_claims(claims)
+        check_orders(claims, plan.order, agreement.exchange)
         self._tied = TiedGradients(self._stages, tied, self._rank)
         if self._tied:
             self._tied.connect(group_or_world(self._group))
@@ -300,13 +307,3 @@ def _place(executor: _C.Executor | None) -> dict[str, Any]:
         "microbatch": microbatch if microbatch >= 0 else None,
         "action": executor.text_of(position),
     }
-
-
-def _fingerprint(order: Order) -> str:
-    """The same for the same order, on every rank; of very long orders only the ends are read."""
-    digest = 0
-    for rank in sorted(order):
-        actions = order[rank]
-        text = f"{rank}:{len(actions)}:" + " ".join(map(str, [*actions[:200], *actions[-200:]]))
-        digest = zlib.crc32(text.encode(), digest)
-    return f"{digest:08x}"

@@ -16,7 +16,9 @@ from .data_parallel import DataParallelAdapter, Wrapped
 from .dtensors import DTensorExchange
 from .errors import PipelineModeError, PipelineTypeError, PipelineUsageError
 from .gradients import StepGradients, scale_gradients
+from .groups import remember_group
 from .payload import _normalize_model_output_as_tuple, flatten_output, rebuild_args
+from .refusals import TellsRefusals
 from .stage_copies import CopiedStage
 from .stage_names import TorchStageNames
 from .tied import find_parameter
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["PipelineStage", "_normalize_model_output_as_tuple", "build_stage"]
 
 
-class _PipelineStageBase(ChunkMethods, TorchStageNames, CopiedStage):
+class _PipelineStageBase(ChunkMethods, TorchStageNames, CopiedStage, TellsRefusals):
     """What manual and traced stages have in common.
 
     Attributes that programs read: ``submod`` (may be replaced between steps), ``stage_index``, ``num_stages``,
@@ -64,6 +66,7 @@ class _PipelineStageBase(ChunkMethods, TorchStageNames, CopiedStage):
                 f"Pipeline group size {self.group_size} cannot be larger than number of stages {num_stages}: "
                 "split the model into at least one stage a rank"
             )
+        remember_group(group)
         self.has_backward = False
         self.output_chunks: list[Any] = []
         self.chunks: int | None = None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import PipelineUsageError
 from .special_tensors import is_dtensor, local_part
@@ -75,6 +76,15 @@ def find_parameter(stage: _PipelineStageBase, name: str) -> torch.nn.Parameter:
     )
 
 
+# Copies of a tied parameter that a norm over all stages leaves out: another stage has it first.
+_later_copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def counted_elsewhere(parameter: torch.Tensor) -> bool:
+    """Whether this is a copy of a tied parameter, of which the first stage that has it holds another."""
+    return parameter in _later_copies
+
+
 class TiedGradients:
     """Adds up the gradients of this rank's tied parameters, at the end of each step."""
 
@@ -89,10 +99,12 @@ class TiedGradients:
         self._ranks_of = {label: tuple(sorted(by_rank)) for label, by_rank in sorted(holders.items())}
         self._own = {label: by_rank[rank] for label, by_rank in sorted(holders.items()) if rank in by_rank}
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        for label, by_rank in holders.items():
-            owner = min(claim.stage for of_rank in by_rank.values() for claim in of_rank)
-            for stage in stages:
-                stage._tie_owners[label] = owner
+        self._owners = {
+            label: min(claim.stage for of_rank in by_rank.values() for claim in of_rank)
+            for label, by_rank in holders.items()
+        }
+        for stage in stages:
+            stage._tie_owners.update(self._owners)
 
     def __bool__(self) -> bool:
         return bool(self._own)
@@ -113,7 +125,16 @@ class TiedGradients:
         """Give every holder the sum of all holders' gradients; None where nobody has one."""
         for label, claims in self._own.items():
             found = [find_parameter(self._by_index[claim.stage], claim.name) for claim in claims]
+            self._mark(label, claims, found)
             self._reduce(list({id(each): each for each in found}.values()), self._groups.get(self._ranks_of[label]))
+
+    def _mark(self, label: str, claims: Sequence[TieClaim], found: Sequence[torch.nn.Parameter]) -> None:
+        # Each step anew: a program may have wrapped its module, and so replaced the parameter.
+        owner = self._owners[label]
+        first = next((p for claim, p in zip(claims, found, strict=True) if claim.stage == owner), None)
+        for parameter in found:
+            if parameter is not first:
+                _later_copies[parameter] = True
 
     @torch.no_grad()
     def _reduce(self, parameters: list[torch.nn.Parameter], group: dist.ProcessGroup | None) -> None:

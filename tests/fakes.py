@@ -67,6 +67,7 @@ class FakeRuntime:
         custom_functions: dict[Any, Callable[..., None]] | None = None,
         rebuild_order: Callable[[], Order] | None = None,
         method_handlers: Callable[..., Any] | None = None,
+        name: str = "",
     ) -> None:
         self.stages, self.order, self.placement = list(stages), order, placement
         self.has_backward, self.with_comms = has_backward, with_comms
@@ -93,6 +94,9 @@ class FakeRuntime:
 
     def over(self) -> bool:
         return False
+
+    def began(self) -> bool:
+        return True
 
     def refuse(self, error: Exception) -> None:
         self.refused.append(error)

@@ -1,11 +1,10 @@
-"""AdamW over the stages of one rank, a learning rate that warms up and falls, and clipping across all ranks."""
+"""AdamW over the stages of one rank, and a learning rate that warms up and falls."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 
@@ -25,20 +24,3 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
-
-
-@torch.no_grad()
-def clip_across_stages(modules: list[nn.Module], limit: float, device: torch.device) -> float:
-    """Scale all ranks' gradients so that their common norm is at most `limit`; the norm before is returned.
-
-    Each rank knows only its own stages' gradients, so the squares are summed over the process group.
-    """
-    gradients = [p.grad for module in modules for p in module.parameters() if p.grad is not None]
-    squares = torch.zeros((), device=device)
-    for gradient in gradients:
-        squares += gradient.float().square().sum()
-    dist.all_reduce(squares)
-    norm = squares.sqrt().item()
-    if norm > limit:
-        torch._foreach_mul_(gradients, limit / norm)
-    return norm

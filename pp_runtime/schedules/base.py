@@ -15,6 +15,7 @@ from pp_runtime.errors import PipelineModeError, PipelineTypeError, PipelineUsag
 from pp_runtime.gradients import StepGradients
 from pp_runtime.ir import FORWARD, REDUCE_GRAD, ActionType
 from pp_runtime.microbatch import TensorChunkSpec
+from pp_runtime.refusals import TellsRefusals, refuse
 from pp_runtime.schedules.batches import BatchHandling
 from pp_runtime.schedules.checks import (
     check_chunk_spec,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from pp_runtime.timeline import Timeline
 
 
-class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitialization, ABC):
+class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitialization, TellsRefusals, ABC):
     """Runs whole batches through the pipeline, by an order that its subclass names.
 
     Making a schedule talks to no other rank; the first step does.
@@ -258,6 +259,7 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitia
                 custom_functions=self._handlers(),
                 rebuild_order=self._rebuild,
                 method_handlers=partial(_methods_of, self._current_step),
+                name=type(self).__name__,
             )
             self._runtime.record_timeline = self._record_timeline
             self._runtime.deadline = self._deadline
@@ -272,11 +274,14 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitia
 
     def _refuse_step(self, error: Exception) -> None:
         """Tell the ranks that this one will not take part in the step, so that they raise and do not wait."""
-        if self._stages[0].group_size > 1 and (self._order_is_known() or self._runtime is not None):
+        runtime, self._runtime = self._runtime, None
+        stage = self._stages[0]
+        if runtime is not None and runtime.began():
             # The error itself is what its user must see, also if the others cannot be told.
             with contextlib.suppress(Exception):
-                self._ensure_runtime().refuse(error)
-            self._runtime = None
+                runtime.refuse(error)
+        elif hasattr(stage, "group"):
+            refuse(stage.group, error, stage.stage_index)
 
     def _check_mode(self, target: Any, loss_kwargs: Any) -> None:
         if self._has_backward and self._backward_requires_autograd and not torch.is_grad_enabled():

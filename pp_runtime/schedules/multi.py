@@ -14,7 +14,6 @@ from pp_runtime.schedules.catalogue import build_order, named_order
 from pp_runtime.schedules.checks import check_stages
 from pp_runtime.schedules.order_holder import TorchOrder, has_backwards
 from pp_runtime.schedules.placement import looped
-from pp_runtime.schedules.refusal import refusal_told_to_other_ranks
 from pp_runtime.schedules.torch_passes import proved_placement
 
 if TYPE_CHECKING:
@@ -67,8 +66,7 @@ class PipelineScheduleMulti(_PipelineSchedule):
                 DeprecationWarning,
                 stacklevel=2,
             )
-        with refusal_told_to_other_ranks(self._stages[0]):
-            built = self._build_order()
+        built = self._build_order()
         if built is None:
             self.stage_index_to_group_rank = dict(enumerate(looped(self.pp_group_size, self._num_stages)))
         else:

@@ -19,6 +19,7 @@ from pp_runtime.ir import (
     placement_of,
     to_torch_form,
 )
+from pp_runtime.refusals import refusals_of
 
 if TYPE_CHECKING:
     from pp_runtime.stage import _PipelineStageBase
@@ -153,7 +154,8 @@ class OrderHolder:
 
     def _load_csv(self, filename: str, format: FileFormat = "compute_only") -> None:
         """Take the order from a file in one of torch's two formats; it also says which rank has which stages."""
-        self._take_order(load_order(filename, format), format)
+        with refusals_of(self._stages[0]):
+            self._take_order(load_order(filename, format), format)
 
     def _take_order(self, actions: Mapping[int, Sequence[Action | None]], format: FileFormat) -> None:
         """Take an order in one of torch's two forms; one that cannot run leaves the schedule as it was."""

@@ -14,7 +14,6 @@ from pp_runtime.schedules.base import _PipelineSchedule
 from pp_runtime.schedules.catalogue import build_order, named_order
 from pp_runtime.schedules.checks import check_stage
 from pp_runtime.schedules.order_holder import TorchOrder
-from pp_runtime.schedules.refusal import refusal_told_to_other_ranks
 
 if TYPE_CHECKING:
     from pp_runtime.stage import _PipelineStageBase
@@ -53,11 +52,10 @@ class PipelineScheduleSingle(_PipelineSchedule):
         )
         self._stage = check_stage(stage)
         self._num_stages = stage.num_stages
-        with refusal_told_to_other_ranks(stage):
-            self._check_one_stage_a_rank()
-            if self._order_name is not None:
-                counts = self._order_name, stage.group_size, stage.num_stages, self._n_microbatches
-                self._set_order(*build_order(*counts), rebuild=partial(named_order, *counts))
+        self._check_one_stage_a_rank()
+        if self._order_name is not None:
+            counts = self._order_name, stage.group_size, stage.num_stages, self._n_microbatches
+            self._set_order(*build_order(*counts), rebuild=partial(named_order, *counts))
         own = type(self)._get_pipeline_order is not PipelineScheduleSingle._get_pipeline_order
         if own and self._order_name is None:
             self.pipeline_order = self._get_pipeline_order() or {}
