@@ -36,6 +36,7 @@ class StepGradients:
         self._scaled: set[int] = set()
         self._waiting: dict[int, torch.Tensor] = {}
         self._asked = 1
+        self._leaves: _C.StepLeaves | None = None
         for stage in stages:
             adapter = stage.adapter()
             if adapter is not None:
@@ -64,7 +65,7 @@ class StepGradients:
 
         With None, what ``scale`` was called for is divided and nothing else: a custom function reduces and scales.
         """
-        leaves = self._leaves.take()
+        leaves = self._leaves.take() if self._leaves is not None else []
         self._before.update({id(leaf): (leaf, before) for leaf, before in leaves if before is not None})
         self._shared.clear()
         if divisor is None:
@@ -77,7 +78,9 @@ class StepGradients:
                 _put_back(parameter, before, in_buffer=key in self._in_buffers)
 
     def close(self) -> None:
-        """Look for leaves no more; in a step that failed, all else is dropped."""
+        """Look for leaves no more. Of a step that failed no gradients stay, those of the leaves found included."""
+        for leaf, _ in self._leaves.take() if self._leaves is not None else ():
+            leaf.grad = None
         for stage in self._stages:
             stage._core.follow_leaves(None)
             stage._gradients = None

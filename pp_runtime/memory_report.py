@@ -13,6 +13,7 @@ from .errors import PipelineModeError, PipelineUsageError
 from .ir import BACKWARD_WEIGHT, FORWARD, FULL_BACKWARD, Action, leaves
 from .passes.edges import Edge
 from .payload import _normalize_model_output_as_tuple
+from .special_tensors import is_dtensor, local_part
 
 if TYPE_CHECKING:
     from .plan import Plan, Wiring
@@ -212,6 +213,8 @@ def _tensors(value: Tensors) -> list[torch.Tensor]:
 
 
 def _bytes(tensor: torch.Tensor) -> int:
+    if is_dtensor(tensor):
+        tensor = local_part(tensor)  # what travels
     return tensor.numel() * tensor.element_size()
 
 

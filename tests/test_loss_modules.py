@@ -234,3 +234,28 @@ def _train_replicated_loss(rank: int, schedules: list[str]) -> list[str]:
 
 def test_a_loss_that_is_wrapped_for_data_parallelism_is_reduced_once() -> None:
     assert ranks.run(_train_replicated_loss, 4, schedules=EVERY_SCHEDULE) == [[]] * 4
+
+
+def _fail_with_a_prompt(rank: int) -> bool:
+    calls = []
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("the third one")
+        return F.mse_loss(output, target)
+
+    stages = make_stages({rank: _Prompted()}, 2)
+    schedule = make_schedule("1F1B", stages, MICROBATCHES, loss_fn)
+    prompt, batch = torch.randn(WIDTH, requires_grad=True), _batch(0)
+    with pytest.raises(RuntimeError, match="the third one"):
+        schedule._step_microbatches(
+            [(x,) for x in batch.args[0].chunk(MICROBATCHES)] if rank == 0 else None,
+            [{"prompt": prompt} for _ in range(MICROBATCHES)],
+            list(batch.target.chunk(MICROBATCHES)) if rank == 1 else None,
+        )
+    return prompt.grad is None and all(p.grad is None for p in stages[0].submod.parameters())
+
+
+def test_a_failed_step_leaves_no_gradient_in_a_leaf_among_the_inputs() -> None:
+    assert ranks.run(_fail_with_a_prompt, 2) == [True, True]
