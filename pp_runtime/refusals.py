@@ -53,14 +53,19 @@ def _publish(group: dist.ProcessGroup | None, error: BaseException, stage: Any) 
         Agreement(group, DEFAULT_DEADLINE).watch.publish(record.to_text())
 
 
+def refuse_for(stage: Any, error: BaseException) -> None:
+    """Tell the ranks of a stage's group; a stage that only plans, made without its base's constructor, has none."""
+    if hasattr(stage, "group") and hasattr(stage, "stage_index"):
+        refuse(stage.group, error, stage.stage_index)
+
+
 @contextlib.contextmanager
 def refusals_of(stage: Any) -> Iterator[None]:
     """Around a part of a schedule's making that is no constructor."""
     try:
         yield
     except Exception as error:
-        if isinstance(getattr(stage, "group_size", None), int) and hasattr(stage, "group"):
-            refuse(stage.group, error, stage.stage_index)
+        refuse_for(stage, error)
         raise
 
 
@@ -102,8 +107,7 @@ def _tell(made: Any, arguments: dict[str, Any], error: BaseException, *, outermo
     stage = next((value for value in _flat(arguments.values()) if hasattr(value, "group_rank")), None)
     index = arguments.get("stage_index", getattr(made, "stage_index", None))
     if stage is not None:
-        if hasattr(stage, "group"):  # else it only plans
-            refuse(stage.group, error, stage.stage_index)
+        refuse_for(stage, error)
     elif "group" in arguments:
         if arguments["group"] is None or isinstance(arguments["group"], dist.ProcessGroup):
             refuse(arguments["group"], error, index)

@@ -15,7 +15,7 @@ from pp_runtime.errors import PipelineModeError, PipelineTypeError, PipelineUsag
 from pp_runtime.gradients import StepGradients
 from pp_runtime.ir import FORWARD, REDUCE_GRAD, ActionType
 from pp_runtime.microbatch import TensorChunkSpec
-from pp_runtime.refusals import TellsRefusals, refuse
+from pp_runtime.refusals import TellsRefusals, refuse_for
 from pp_runtime.schedules.batches import BatchHandling
 from pp_runtime.schedules.checks import (
     check_chunk_spec,
@@ -275,13 +275,12 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitia
     def _refuse_step(self, error: Exception) -> None:
         """Tell the ranks that this one will not take part in the step, so that they raise and do not wait."""
         runtime, self._runtime = self._runtime, None
-        stage = self._stages[0]
         if runtime is not None and runtime.began():
             # The error itself is what its user must see, also if the others cannot be told.
             with contextlib.suppress(Exception):
                 runtime.refuse(error)
-        elif hasattr(stage, "group"):
-            refuse(stage.group, error, stage.stage_index)
+        else:
+            refuse_for(self._stages[0], error)
 
     def _check_mode(self, target: Any, loss_kwargs: Any) -> None:
         if self._has_backward and self._backward_requires_autograd and not torch.is_grad_enabled():
