@@ -40,7 +40,7 @@ class Run:
     recompute: str = "none"
     compiled: bool = False
     chunked_loss: bool = False
-    backend: str = ""
+    backend: str = "partial_dtensor"
     checkpoint: str = "none"
     steps: int = 3
 

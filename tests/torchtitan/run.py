@@ -1,6 +1,6 @@
 """torchtitan, pytorch's reference trainer, on pp_runtime: are losses and gradient norms those of one rank?
 
-    python tests/torchtitan/run.py                       both versions, about fifteen minutes on two cores
+    python tests/torchtitan/run.py                       both versions, about twenty minutes on two cores
     python tests/torchtitan/run.py --version 0.3.0 --only "pp 2, " --only "fsdp"
     python tests/torchtitan/run.py --version 0.3.0 --graph-pp    its GraphPP's own tests
     python tests/torchtitan/run.py --runtime torch       the same with torch.distributed.pipelining
@@ -15,6 +15,10 @@ over gloo. cpu.py stands for an accelerator, gives rows that depend on the step 
 depend on their name only; so every layout trains the same model on the same data. Numbers are equal within a relative
 1e-4: the order of sums differs, by microbatch, stage and shard. A resumed run must repeat the last step of the
 uninterrupted one to the last bit.
+
+Where a stage is on several ranks, 0.3.0 runs with ``partial_dtensor`` or ``full_dtensor``: its default, ``spmd_types``,
+makes plain parameters that FSDP of torch 2.13 refuses. With ``--runtime torch`` only 0.2.2 runs, since 0.3.0 passes
+microbatches to ``step`` that torch 2.13's does not take.
 
 torchtitan 0.2.2 divides the loss by the number of tokens before the backward without a pipeline, and after it with
 one, so that a pipeline's gradients are larger by the number of tokens in the batch, under torch's pipelining too. Its

@@ -22,6 +22,7 @@ import cpu
 import torch
 import torch.distributed as dist
 from matrix import ROWS, SEQUENCE, Run
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 cpu.use_cpu()
 
@@ -100,8 +101,8 @@ def trainer_0_3(run: Run, folder: Path) -> Any:
         run.recompute
     ]
     if run.ranks > run.pipeline_parallel:
-        # 0.3.0's default, spmd_types, needs a newer torch than 2.13 where a stage is on several ranks.
-        config.parallelism.spmd_backend = run.backend or "partial_dtensor"
+        # The default, spmd_types, needs a newer FSDP than torch 2.13's where a stage has several ranks.
+        config.parallelism.spmd_backend = run.backend
     config.tokenizer = Builds(lambda **_: None)
     config.dataloader = Builds(
         lambda *, dp_world_size, dp_rank, local_batch_size, snapshot_every_n_steps, **_: dataloader(
@@ -183,6 +184,7 @@ def main() -> None:
                 file.write(json.dumps({"name": run.name, **result}) + "\n")
         dist.barrier()
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # it holds the run's meshes, and the next run's are equal but others
         gc.collect()
 
 
