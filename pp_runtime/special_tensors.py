@@ -98,7 +98,7 @@ def split_block_mask(block_mask: Any, num_chunks: int) -> list[Any]:
                 full_kv_num_blocks=full_counts,
                 full_kv_indices=full_indices,
                 BLOCK_SIZE=block_mask.BLOCK_SIZE,
-                mask_mod=_shifted(block_mask.mask_mod, first_row),
+                mask_mod=_shifted(block_mask, first_row),
                 seq_lengths=block_mask.seq_lengths,
             )
         )
@@ -106,10 +106,14 @@ def split_block_mask(block_mask: Any, num_chunks: int) -> list[Any]:
     return masks
 
 
-def _shifted(mask_mod: Callable[..., Any], first_row: int) -> Callable[..., Any]:
-    """The mask function of a microbatch, whose row 0 is the batch's ``first_row``."""
+def _shifted(block_mask: Any, idx: int) -> Callable[..., Any]:
+    """The mask function of a microbatch, whose row 0 is the batch's row ``idx``.
+
+    The names are those that torch's closure has: torchtitan's GraphPP finds the row by them, to trace it as a tensor
+    and not as a number, which a graph traced with one microbatch would give to all.
+    """
 
     def shifted_mask_mod(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return mask_mod(b + torch.full_like(b, first_row), h, q_idx, kv_idx)
+        return block_mask.mask_mod(b + torch.full_like(b, idx), h, q_idx, kv_idx)
 
     return shifted_mask_mod

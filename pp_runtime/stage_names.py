@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, NoReturn
 
 import torch.distributed as dist
@@ -20,6 +21,11 @@ class TorchStageNames:
     stage_index_to_group_rank: Mapping[int, int]
     # Whether a schedule runs a step with this stage now.
     _inside_step: bool = False
+
+    @cached_property
+    def _runtime_validate(self) -> bool:
+        """For programs that check more where torch does, with TORCH_DISTRIBUTED_DEBUG=DETAIL."""
+        return dist.get_debug_level() == dist.DebugLevel.DETAIL
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """Nothing: when a custom function runs in a step, the runtime has received what it reads."""

@@ -152,6 +152,9 @@ def test_names_that_programs_import_do_what_torchs_do(torch_microbatch: Any) -> 
         microbatch._split_block_mask(mask, 3), torch_microbatch._split_block_mask(mask, 3), strict=True
     ):
         assert torch.equal(ours.to_dense(), theirs.to_dense())
+        # torchtitan's GraphPP reads the row of a microbatch from the function, by name.
+        captured = (inspect.getclosurevars(each.mask_mod).nonlocals for each in (ours, theirs))
+        assert len({(names["block_mask"] is mask, names["idx"]) for names in captured}) == 1
     assert microbatch.BlockMask is torch_microbatch.BlockMask
     assert microbatch.DEFAULT_CHUNK_DIM == torch_microbatch.DEFAULT_CHUNK_DIM
     assert microbatch.sum_reducer.init_value == 0.0 and microbatch.sum_reducer.reduce_fn(2, 3) == 5

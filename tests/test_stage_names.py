@@ -58,8 +58,8 @@ def test_inside_a_step_the_runtime_moves_the_messages() -> None:
 
 def test_a_failed_step_ends_too() -> None:
     schedule = pp_runtime.ScheduleGPipe(FakeStage(0, 1), 2)
-    with pytest.raises(AttributeError):
-        schedule.step(torch.ones(2, 1))  # a fake has nothing to run
+    with pytest.raises((AttributeError, PipelineUsageError)):
+        schedule.step(torch.ones(2, 1))  # a fake has nothing to run, and there may be no group
     with pytest.raises(PipelineModeError, match="outside of a step"):
         schedule._stage.get_fwd_recv_ops(0)
 
@@ -130,3 +130,10 @@ def _own_messages(rank: int) -> list[float]:
 
 def test_programs_may_start_messages_of_their_own() -> None:
     assert ranks.run(_own_messages, 2) == [[2.0, 0.0, 2.0], [0.0, 0.0, 0.0]]
+
+
+def test_a_stage_says_whether_programs_are_to_check_more() -> None:
+    stage = FakeStage(0, 1)
+    assert stage._runtime_validate is (torch.distributed.get_debug_level() == torch.distributed.DebugLevel.DETAIL)
+    stage._runtime_validate = True
+    assert stage._runtime_validate
