@@ -7,6 +7,7 @@ torch's methods share (``fwd_cache``, ``bwd_cache``), and what the program puts 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
@@ -55,16 +56,17 @@ REFUSED = (
     "_setup_forward_recv_info",
     "_setup_backward_recv_info",
     "_map_tensor_from_recv_info",
-    "_prepare_forward_infra",
-    "_prepare_backward_infra",
     "_validate_stage_tensors",
     "_resolve_peer_global_rank",
     "clear_runtime_states",
 )
 
 
-# Abstract in torch, so that a subclass that never runs must have them; looked at when a step begins.
-_ABSTRACT = frozenset(("_create_grad_recv_info", "_prepare_forward_infra", "_prepare_backward_infra"))
+# Abstract in torch, so that a subclass that never runs must have it; looked at when a step begins.
+_ABSTRACT = frozenset(("_create_grad_recv_info",))
+# Make room for messages, which the runtime does by its plan; replaced, they change no number. Programs put a pool of
+# their own there.
+_MAKE_ROOM = frozenset(("_prepare_forward_infra", "_prepare_backward_infra"))
 
 
 class _ForwardCache(dict[int, tuple[Any, list[Any]]]):
@@ -275,6 +277,13 @@ class ChunkMethods:
         theirs, ours = names.of(type(self)), names.of_base
         if theirs != ours:
             found.update(name for name, a, b in zip(names, theirs, ours, strict=True) if a is not b)
+        if room := found.intersection(_MAKE_ROOM):
+            warnings.warn(
+                f"{', '.join(sorted(room))} of a stage was replaced and is not called: pp_runtime plans the storage of "
+                "its messages, in as many slots as are in use at once",
+                stacklevel=2,
+            )
+            found -= room
         for name in found.intersection(REFUSED):
             if name in _ABSTRACT and not in_step:
                 continue
@@ -305,6 +314,6 @@ class _Names(tuple[str, ...]):
 def _names() -> _Names:
     from .stage import _PipelineStageBase
 
-    names = _Names((*HONOURED, *REFUSED))
+    names = _Names((*HONOURED, *REFUSED, *_MAKE_ROOM))
     names.of_base = names.of(_PipelineStageBase)
     return names

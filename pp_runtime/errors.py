@@ -73,6 +73,10 @@ class PipelineTypeError(PipelineUsageError, TypeError):
     """An argument has the wrong type."""
 
 
+class PipelineNameError(PipelineUsageError, AttributeError):
+    """A name of torch's that has no counterpart here; the message says what stands in its place."""
+
+
 class InvalidOrderError(ValueError, AssertionError):
     """An order of actions that is incomplete, out of order or deadlocks; the message names rank and action.
 

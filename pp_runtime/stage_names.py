@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from .errors import PipelineModeError, PipelineUsageError
+from .errors import PipelineModeError, PipelineNameError, PipelineUsageError
 
 
 class TorchStageNames:
-    """What a stage has because torch's stages have it."""
+    """What a stage has because torch's stages have it.
+
+    What it lacks is missing also to ``hasattr``, by which programs tell one torch from another.
+    """
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in _WITHOUT_COUNTERPART:
+            raise PipelineNameError(f"a pp_runtime stage has no {name}(): {_WITHOUT_COUNTERPART[name]}")
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
     stage_index: int
     chunks: int | None
@@ -96,15 +104,3 @@ _WITHOUT_COUNTERPART = {
     "_validate_stage_tensors": _INFERENCE,
     "_map_tensor_from_recv_info": _INPUTS,
 }
-
-
-def _refusal(name: str, why: str) -> Callable[..., NoReturn]:
-    def refuse(self: TorchStageNames, *args: Any, **kwargs: Any) -> NoReturn:
-        raise PipelineUsageError(f"a pp_runtime stage has no {name}(): {why}")
-
-    refuse.__name__, refuse.__doc__ = name, f"Refused: {why}."
-    return refuse
-
-
-for _name, _why in _WITHOUT_COUNTERPART.items():
-    setattr(TorchStageNames, _name, _refusal(_name, _why))

@@ -244,3 +244,19 @@ def _refused_later(rank: int) -> str:
 
 def test_one_that_is_replaced_later_is_refused_at_the_next_step_on_every_rank() -> None:
     assert all("replaces get_fwd_recv_ops of stage 1" in message for message in ranks.run(_refused_later, 2))
+
+
+def _train_with_a_pool(rank: int) -> list[str]:
+    """A program that puts a pool of receive buffers where torch makes them, on the class, as NeMo AutoModel does."""
+    original = PipelineStage._prepare_forward_infra
+    try:
+        PipelineStage._prepare_forward_infra = lambda self, *args: 1 / 0  # type: ignore[method-assign]
+        twins = Twins(rank, Setting("1F1B", MICROBATCHES))
+        with pytest.warns(UserWarning, match="_prepare_forward_infra of a stage was replaced and is not called"):
+            return twins.train("a step", twins.example.batch(8, 0))
+    finally:
+        PipelineStage._prepare_forward_infra = original  # type: ignore[method-assign]
+
+
+def test_a_pool_of_receive_buffers_in_torchs_place_changes_nothing_and_is_told_so() -> None:
+    assert ranks.run(_train_with_a_pool, 2) == [[]] * 2
