@@ -25,19 +25,27 @@ venv: $(VENV)/made
 # The stamp is written last, so that an interrupted install is begun again.
 # The .pth file makes the checkout importable: no second, slower build through pip.
 $(VENV)/made: requirements-dev.txt
-	$(SYSTEM_PYTHON) -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --requirement requirements-dev.txt
-	$(PYTHON) -c "import pathlib, sysconfig; pathlib.Path(sysconfig.get_paths()['purelib'], 'pp_runtime_checkout.pth').write_text('$(CURDIR)\n')"
-	touch $@
+	@echo "making the environment in $(VENV): a minute or two"
+	@$(SYSTEM_PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m pip install -qq --requirement requirements-dev.txt
+	@$(PYTHON) -c "import pathlib, sysconfig; pathlib.Path(sysconfig.get_paths()['purelib'], 'pp_runtime_checkout.pth').write_text('$(CURDIR)\n')"
+	@touch $@
 
+# Shows which file of how many is compiled; all that the compiler says is in the log, which a failure names.
+BUILD_LOG := build/build.log
 build: $(VENV)/made
-	$(PYTHON) setup.py --quiet build_ext --inplace
+	@mkdir -p build; \
+	$(PYTHON) setup.py --quiet build_ext --inplace 2>&1 | tee $(BUILD_LOG) | \
+	sed -un 's|^\(\[[0-9]*/[0-9]*\]\).* -c \(-c \)*[^ ]*/csrc/\([^ ]*\) .*|building \1 csrc/\3|p'; \
+	if [ $${PIPESTATUS[0]} -ne 0 ]; then \
+	    grep -m 20 -E '(error|undefined reference).*:' $(BUILD_LOG) | grep -v ' -c ' || tail -n 15 $(BUILD_LOG); echo "the build failed; all that it said: $(BUILD_LOG)" >&2; exit 1; \
+	fi
 
 test: build
-	$(PYTHON) -m pytest $(TEST_FLAGS)
+	@$(PYTHON) -m pytest $(TEST_FLAGS)
 
 train: build
-	$(PYTHON) -m torch.distributed.run --standalone --nproc_per_node 2 examples/train_lm.py --output runs/train $(TRAIN_FLAGS)
+	@$(PYTHON) -m torch.distributed.run --standalone --nproc_per_node 2 examples/train_lm.py --output runs/train $(TRAIN_FLAGS)
 
 # All checks run, also after one has failed.
 lint: $(VENV)/made

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._extension import check_extension
 from ._torchs_place import stand_in_torchs_place
+from ._version import __version__
 
 check_extension()
 stand_in_torchs_place()
@@ -64,6 +65,7 @@ __all__ = [
     "ScheduleZB2P",
     "ScheduleZBVZeroBubble",
     "SplitPoint",
+    "__version__",
     "_ScheduleForwardOnly",
     "build_stage",
     "clip_grad_norm_",

@@ -96,3 +96,11 @@ def test_the_readmes_make_commands_exist() -> None:
 
 def test_torch_is_pinned_to_the_build_on_the_disk() -> None:
     assert "torch==2.13.0\n" in (ROOT / "requirements-dev.txt").read_text()
+
+
+def test_the_version_stands_in_one_place() -> None:
+    import pp_runtime
+
+    made = setup_py("--version", PP_RUNTIME_CUDA="0")
+    assert made.stdout.split()[-1] == pp_runtime.__version__, made.stderr
+    assert pp_runtime.__version__ not in (ROOT / "pyproject.toml").read_text()
