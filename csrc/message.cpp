@@ -8,6 +8,7 @@
 #include <numeric>
 #include <sstream>
 #include <stdexcept>
+#include <type_traits>
 
 namespace pp_runtime {
 
@@ -22,7 +23,9 @@ struct EncodedFrame {
   uint32_t tensors;
   uint32_t structure_bytes;
   uint32_t wrappings_bytes;
+  uint32_t unused;  // where the compiler would leave bytes that nobody wrote
 };
+static_assert(std::has_unique_object_representations_v<EncodedFrame>);
 
 struct EncodedTensor {
   uint8_t defined;
@@ -161,7 +164,8 @@ std::string MessageSpec::encode() const {
   append(bytes, EncodedFrame{.frame = frame,
                              .tensors = static_cast<uint32_t>(tensors.size()),
                              .structure_bytes = static_cast<uint32_t>(structure.size()),
-                             .wrappings_bytes = static_cast<uint32_t>(wrappings.size())});
+                             .wrappings_bytes = static_cast<uint32_t>(wrappings.size()),
+                             .unused = 0});
   for (const TensorSpec& tensor : tensors) {
     append(bytes, EncodedTensor{.defined = static_cast<uint8_t>(tensor.defined),
                                 .requires_grad = static_cast<uint8_t>(tensor.requires_grad),

@@ -22,7 +22,7 @@ pytestmark = api.ours_only("reduces once a microbatch, scales twice, or refuses 
 
 MICROBATCHES, ROWS, WIDTH = 4, 8, 8
 WARM = "torch.distributed.fsdp torch.distributed.tensor.parallel torch.distributed._composable.replicate"
-SCALINGS = ["scaled", "summed", "accumulated"]
+SCALINGS = ["scaled", "summed"]
 
 
 class Part(nn.Module):
@@ -103,7 +103,18 @@ KINDS: dict[str, tuple[Callable[..., nn.Module] | None, tuple[int, int], str]] =
 }
 
 
-ON_8_RANKS = {"FSDP2 + TP of 8 ranks": (_fsdp_and_tensor_parallel, (2, 2), "after")}
+def _hybrid(module: nn.Module, mesh: Any) -> nn.Module:
+    """Sharded over one dimension and replicated over the other; ranks that shard have the same data."""
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(module.up, mesh=mesh["data", "tensor"])
+    return fully_shard(module, mesh=mesh["data", "tensor"])
+
+
+ON_8_RANKS: dict[str, Any] = {
+    "FSDP2 + TP of 8 ranks": (_fsdp_and_tensor_parallel, (2, 2), "after"),
+    "HSDP of 8 ranks": (_hybrid, (2, 2), "after"),
+}
 
 
 def _loss(output: Tensor, target: Tensor) -> Tensor:
@@ -115,7 +126,7 @@ def _whole(value: Any) -> Any:
 
 
 def _compare(rank: int, schedule_name: str, kind: str, scaling: str) -> list[str]:
-    """Train two steps; what differs from the plain model on all of the data."""
+    """Train: a scaled step and one that accumulates onto it, or a summed one; what differs from the plain model."""
     wrap, (data, tensor), when = (KINDS | ON_8_RANKS)[kind]
     mesh = dist.init_device_mesh("cpu", (2, data, tensor), mesh_dim_names=("pipeline", "data", "tensor"))
     place, replica, _ = mesh.get_coordinate()
@@ -135,19 +146,14 @@ def _compare(rank: int, schedule_name: str, kind: str, scaling: str) -> list[str
             stage.submod = wrap(stage.submod, mesh)
     expected: list[Tensor | None] = []
     found: list[str] = []
-    for number in range(2):
-        if scaling != "accumulated":
-            for stage in stages:
-                stage.submod.zero_grad()
+    for number in range(2 if scale else 1):
         of_replica = []
         for other in range(reduced):
             batch = _batch(10 * number + (other if wrap is not None else replica))
             reference.train_step(plain, batch, F.mse_loss, MICROBATCHES, scale=scale)
             of_replica.append([p.grad for module in plain for p in module.parameters()])
         mean = [sum(each) / reduced for each in zip(*of_replica, strict=True)]
-        expected = (
-            [a + b for a, b in zip(expected, mean, strict=True)] if expected and scaling == "accumulated" else mean
-        )
+        expected = [a + b for a, b in zip(expected, mean, strict=True)] if expected else mean
         batch = _batch(10 * number + replica)
         args = batch.args if 0 in piped else ()
         target = {"target": batch.target} if num_stages - 1 in piped else {}
@@ -188,7 +194,7 @@ def _compare_on_8_ranks(rank: int, schedules: list[str]) -> list[str]:
     return [line for schedule in schedules for line in _compare_all(rank, schedule, kinds)]
 
 
-def test_gradients_of_tensor_and_data_parallel_stages_are_the_plain_models() -> None:
+def test_gradients_of_stages_that_are_parallel_in_two_ways_are_the_plain_models() -> None:
     schedules = ["1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]
     assert ranks.run(_compare_on_8_ranks, 8, timeout=110, schedules=schedules) == [[]] * 8
 
