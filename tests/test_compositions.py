@@ -389,3 +389,52 @@ def _refused(rank: int, kind: str) -> str:
 def test_wrappers_that_cannot_be_right_are_refused_on_every_rank(kind: str, says: str) -> None:
     for message in ranks.run(_refused, 4, kind=kind):
         assert "stage 1 is in a" in message and says in message, message
+
+
+class Sometimes(Part):
+    """A stage with a layer that no microbatch uses, and one that only the first of a step does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.never, self.first, self.calls = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = super().forward(x)
+        return x + self.first(x) if self.calls % MICROBATCHES == 1 else x
+
+
+def _unused(rank: int, schedules: list[str]) -> list[str]:
+    found = []
+    for name in schedules:
+        mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("pipeline", "data"))
+        place, replica = mesh.get_coordinate()
+        per_rank = stages_allowed(name, 2)[-1]
+        torch.manual_seed(1)
+        plain = [Sometimes() for _ in range(2 * per_rank)]
+        held = held_by(place, name, 2, per_rank)
+        modules = {i: _ddp(copy.deepcopy(plain[i]), mesh, find_unused_parameters=True) for i in held}
+        stages = make_stages(modules, len(plain), mesh["pipeline"].get_group())
+        schedule = make_schedule(name, stages, MICROBATCHES, _loss)
+        for number in range(2):
+            own = []
+            for data in range(2):
+                reference.train_step(plain, _batch(10 * number + data), F.mse_loss, MICROBATCHES)
+                own.append([parameter.grad for module in plain for parameter in module.parameters()])
+            places = [(i, n) for i, module in enumerate(plain) for n, _ in module.named_parameters()]
+            for module in modules.values():
+                module.zero_grad()
+            batch = _batch(10 * number + replica)
+            last = len(plain) - 1 in held
+            schedule.step(*(batch.args if 0 in held else ()), **({"target": batch.target} if last else {}))
+            for index in held:
+                for key, parameter in modules[index].module.named_parameters():
+                    one, other = (each[places.index((index, key))] for each in own)
+                    mean = None if one is None or other is None else (one + other) / 2
+                    where = f"{name}: step {number}, {index} {key}"
+                    found += reference.differences(where, parameter.grad, mean, exact=False)
+    return found
+
+
+def test_parameters_that_ddp_finds_unused_are_left_alone_and_those_used_once_are_reduced() -> None:
+    assert ranks.run(_unused, 4, timeout=110, schedules=EVERY_SCHEDULE) == [[]] * 4
