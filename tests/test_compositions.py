@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -130,7 +130,6 @@ def _compare(rank: int, schedule_name: str, kind: str, scaling: str) -> list[str
     wrap, (data, tensor), when = (KINDS | ON_8_RANKS)[kind]
     mesh = dist.init_device_mesh("cpu", (2, data, tensor), mesh_dim_names=("pipeline", "data", "tensor"))
     place, replica, _ = mesh.get_coordinate()
-    reduced = data if wrap is not None else 1
     stages_per_rank = stages_allowed(schedule_name, 2)[-1]
     num_stages = 2 * stages_per_rank
     torch.manual_seed(1)
@@ -144,22 +143,15 @@ def _compare(rank: int, schedule_name: str, kind: str, scaling: str) -> list[str
     if wrap is not None and when == "after":
         for stage in stages:
             stage.submod = wrap(stage.submod, mesh)
-    expected: list[Tensor | None] = []
+    expected: Gradients = {}
     found: list[str] = []
     for number in range(2 if scale else 1):
-        of_replica = []
-        for other in range(reduced):
-            batch = _batch(10 * number + (other if wrap is not None else replica))
-            reference.train_step(plain, batch, F.mse_loss, MICROBATCHES, scale=scale)
-            of_replica.append([p.grad for module in plain for p in module.parameters()])
-        mean = [sum(each) / reduced for each in zip(*of_replica, strict=True)]
-        expected = [a + b for a, b in zip(expected, mean, strict=True)] if expected else mean
+        mean = _mean_gradients(plain, [10 * number + each for each in (range(data) if wrap else [replica])], scale)
+        expected = {key: mean[key] + expected[key] for key in mean} if expected else mean  # type: ignore[operator]
         batch = _batch(10 * number + replica)
         args = batch.args if 0 in piped else ()
         target = {"target": batch.target} if num_stages - 1 in piped else {}
         schedule.step(*args, **target)
-        names = [(index, name) for index, module in enumerate(plain) for name, _ in module.named_parameters()]
-        wanted = dict(zip(names, expected, strict=True))
         for stage in stages:
             bare = [name for name, _ in plain[stage.stage_index].named_parameters()]
             for name, parameter in zip(bare, stage.submod.parameters(), strict=True):
@@ -167,9 +159,26 @@ def _compare(rank: int, schedule_name: str, kind: str, scaling: str) -> list[str
                 if kind.startswith("FSDP2 of the blocks") and "norm" in name:
                     continue  # nobody reduces it
                 found += reference.differences(
-                    f"{where} of stage {stage.stage_index}", got, wanted[stage.stage_index, name], exact=False
+                    f"{where} of stage {stage.stage_index}", got, expected[stage.stage_index, name], exact=False
                 )
     return found
+
+
+Gradients = dict[tuple[int, str], Tensor | None]
+
+
+def _mean_gradients(plain: list[nn.Module], seeds: Iterable[int], scale: bool = True) -> Gradients:
+    """The plain model's gradients, by stage and name: the mean over the batches of these seeds."""
+    places = [(index, name) for index, module in enumerate(plain) for name, _ in module.named_parameters()]
+    of_batches = []
+    for seed in seeds:
+        reference.train_step(plain, _batch(seed), F.mse_loss, MICROBATCHES, scale=scale)
+        of_batches.append([parameter.grad for module in plain for parameter in module.parameters()])
+    means = [
+        None if any(g is None for g in each) else sum(each) / len(each)
+        for each in map(list, zip(*of_batches, strict=True))
+    ]
+    return dict(zip(places, means, strict=True))
 
 
 def _batch(seed: int) -> reference.Batch:
@@ -218,14 +227,7 @@ def _bare_order(rank: int, kind: str) -> list[str]:
     schedule._prepare_schedule_with_comms(order, format="compute_comms")
     for stage in stages:
         stage.submod = KINDS[kind][0](stage.submod, mesh)  # type: ignore[misc]
-    own = []
-    for data in range(2):
-        reference.train_step(plain, _batch(data), F.mse_loss, MICROBATCHES)
-        own.append([parameter.grad for module in plain for parameter in module.parameters()])
-    mean = [(a + b) / 2 for a, b in zip(*own, strict=True)]
-    wanted = dict(
-        zip([(i, n) for i, module in enumerate(plain) for n, _ in module.named_parameters()], mean, strict=True)
-    )
+    wanted = _mean_gradients(plain, range(2))
     batch = _batch(replica)
     schedule.step(*(batch.args if 0 in held else ()), **({"target": batch.target} if 3 in held else {}))
     found = []
@@ -318,11 +320,7 @@ def _changes(rank: int, schedules: list[str]) -> list[str]:
                 if change == "replaced":
                     plain[index].load_state_dict(_other(index).state_dict())
             reduced = change in ("DDP", "FSDP2")
-            own: list[list[Tensor | None]] = []
-            for data in range(2):
-                reference.train_step(plain, _batch(10 * number + data), F.mse_loss, MICROBATCHES)
-                own.append([parameter.grad for module in plain for parameter in module.parameters()])
-            places = [(i, n) for i, module in enumerate(plain) for n, _ in module.named_parameters()]
+            own = [_mean_gradients(plain, [10 * number + data]) for data in range(2)]
             batch = _batch(10 * number + replica)
             for stage in stages:
                 stage.submod.zero_grad()
@@ -333,10 +331,9 @@ def _changes(rank: int, schedules: list[str]) -> list[str]:
                 index = stage.stage_index
                 bare = [n for n, _ in plain[index].named_parameters()]
                 for key, parameter in zip(bare, stage.submod.parameters(), strict=True):
-                    at = places.index((index, key))
-                    mine = own[replica][at]
+                    mine = own[replica][index, key]
                     if reduced and index in changing and mine is not None:
-                        mine = (own[0][at] + own[1][at]) / 2  # type: ignore[operator]
+                        mine = (own[0][index, key] + own[1][index, key]) / 2  # type: ignore[operator]
                     where = f"{name}, {change}: stage {index} {key}"
                     found += reference.differences(where, _whole(parameter.grad), mine, exact=False)
     return found
@@ -417,11 +414,7 @@ def _unused(rank: int, schedules: list[str]) -> list[str]:
         stages = make_stages(modules, len(plain), mesh["pipeline"].get_group())
         schedule = make_schedule(name, stages, MICROBATCHES, _loss)
         for number in range(2):
-            own = []
-            for data in range(2):
-                reference.train_step(plain, _batch(10 * number + data), F.mse_loss, MICROBATCHES)
-                own.append([parameter.grad for module in plain for parameter in module.parameters()])
-            places = [(i, n) for i, module in enumerate(plain) for n, _ in module.named_parameters()]
+            wanted = _mean_gradients(plain, [10 * number + data for data in range(2)])
             for module in modules.values():
                 module.zero_grad()
             batch = _batch(10 * number + replica)
@@ -429,10 +422,8 @@ def _unused(rank: int, schedules: list[str]) -> list[str]:
             schedule.step(*(batch.args if 0 in held else ()), **({"target": batch.target} if last else {}))
             for index in held:
                 for key, parameter in modules[index].module.named_parameters():
-                    one, other = (each[places.index((index, key))] for each in own)
-                    mean = None if one is None or other is None else (one + other) / 2
                     where = f"{name}: step {number}, {index} {key}"
-                    found += reference.differences(where, parameter.grad, mean, exact=False)
+                    found += reference.differences(where, parameter.grad, wanted[index, key], exact=False)
     return found
 
 
