@@ -128,12 +128,16 @@ class ChunkMethods:
     def adapter(self) -> DataParallelAdapter | None:
         raise NotImplementedError
 
-    def _reset_caches(self) -> None:
+    def _make_caches(self) -> None:
         self.fwd_cache = _ForwardCache(self._core, sends=not self.is_last)
         self.bwd_cache = _BackwardCache(self._core)
         self.backward_state: dict[int, tuple[Any, ...]] = {}
         self.dw_runner: dict[int, Callable[..., None]] = {}
         self._inputs_of: dict[int, int] = {}
+
+    def _clear_caches(self) -> None:
+        for kept in (self.fwd_cache, self.backward_state, self.dw_runner, self._inputs_of):
+            kept.clear()
 
     def forward_one_chunk(
         self,
@@ -295,6 +299,11 @@ class ChunkMethods:
                 "custom function with the schedule"
             )
         return frozenset(found)
+
+    def replaces(self, name: str) -> bool:
+        """Whether a program replaced this one of the methods."""
+        names = _names()
+        return name in self.__dict__ or getattr(type(self), name, None) is not names.of_base[names.index(name)]
 
     def runs_by_hand(self) -> bool:
         """Whether the runtime calls these methods for this stage."""

@@ -245,11 +245,6 @@ class Wrapped:
         return _Together(adapters) if len(adapters) > 1 else adapters[0] if adapters else None
 
 
-def adapter_for(*modules: torch.nn.Module) -> DataParallelAdapter | None:
-    """The adapter that the data-parallel modules in ``modules`` need; None if there are none."""
-    return Wrapped.of(modules).adapter()
-
-
 _Kind = int
 _SHARDED, _REPLICATED, _COMPOSABLE, _FLAT = _KINDS = (1, 2, 4, 8)
 

@@ -203,8 +203,6 @@ class Runtime:
             check_ranks_exist(group_or_world(self._group))
             # First, so that whatever fails from here on can be told to the other ranks.
             self._agreement = Agreement.begin(self._group, self._deadline)
-        for stage in self._stages:
-            stage.refresh()
         replaced = [stage.replaced() for stage in self._stages]
         if replaced != self._replaced:
             self._executors.clear()

@@ -39,20 +39,22 @@ def is_block_mask(value: Any) -> bool:
 
 def split_dtensor(tensor: Any, dim: int, num_chunks: int) -> Sequence[torch.Tensor]:
     """Cut each rank's own part, so that nothing is gathered; the global size of a piece is as tensor_split gives it."""
-    from torch.distributed.tensor import DTensor
-
     quotient, remainder = divmod(tensor.shape[dim], num_chunks)
     pieces = []
     for index, local in enumerate(torch.tensor_split(tensor.to_local(), num_chunks, dim)):
         shape = list(tensor.shape)
         shape[dim] = quotient + (index < remainder)
-        pieces.append(_from_local(DTensor, local, tensor, shape))
+        pieces.append(dtensor_like(local, tensor, shape))
     return pieces
 
 
-def _from_local(dtensor_class: Any, local: torch.Tensor, like: Any, shape: list[int]) -> torch.Tensor:
-    return dtensor_class.from_local(
-        local, like.device_mesh, like.placements, shape=torch.Size(shape), stride=like.stride(), run_check=False
+def dtensor_like(local: torch.Tensor, like: Any, shape: Sequence[int] | None = None) -> torch.Tensor:
+    """The DTensor that has this local part, where ``like`` has its own; of ``like``'s global shape unless given one."""
+    from torch.distributed.tensor import DTensor
+
+    whole = like.shape if shape is None else torch.Size(shape)
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, shape=whole, stride=like.stride(), run_check=False
     )
 
 
@@ -66,7 +68,7 @@ def concatenate_dtensors(values: Sequence[Any], dim: int) -> torch.Tensor:
         )
     shape = list(values[0].shape)
     shape[dim] = sum(value.shape[dim] for value in values)
-    return _from_local(DTensor, torch.cat([value.to_local() for value in values], dim), values[0], shape)
+    return dtensor_like(torch.cat([value.to_local() for value in values], dim), values[0], shape)
 
 
 def split_block_mask(block_mask: Any, num_chunks: int) -> list[Any]:

@@ -86,7 +86,7 @@ class _PipelineStageBase(ChunkMethods, TorchStageNames, CopiedStage, TellsRefusa
         self._gradients: StepGradients | None = None
         self._exchange = DTensorExchange(self.stage_index, self._get_mesh)
         self._core = _C.Stage(self.stage_index, self.is_first, self.is_last, self._callbacks())
-        self._reset_caches()
+        self._make_caches()
 
     @property
     def is_first(self) -> bool:
@@ -162,7 +162,7 @@ class _PipelineStageBase(ChunkMethods, TorchStageNames, CopiedStage, TellsRefusa
     def clear_runtime_states(self) -> None:
         """Drop what a step left."""
         self.output_chunks.clear()
-        self._reset_caches()
+        self._clear_caches()
         self._core.clear()
 
     def scale_grads(self, grad_scale_factor: int) -> None:

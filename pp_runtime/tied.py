@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import PipelineUsageError
-from .special_tensors import is_dtensor, local_part
+from .special_tensors import dtensor_like, is_dtensor, local_part
 
 if TYPE_CHECKING:
     from .stage import _PipelineStageBase
@@ -156,22 +156,8 @@ class TiedGradients:
             return
         for place, parameter in enumerate(parameters):
             if parameter.requires_grad:
-                parameter.grad = _like(whole if place == 0 else whole.clone(), first)
-
-
-def _like(local: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    if not is_dtensor(gradient):
-        return local
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        local,
-        gradient.device_mesh,
-        gradient.placements,
-        run_check=False,
-        shape=gradient.shape,
-        stride=gradient.stride(),
-    )
+                own = whole if place == 0 else whole.clone()
+                parameter.grad = dtensor_like(own, first) if is_dtensor(first) else own
 
 
 def _check(label: str, by_rank: Mapping[int, Sequence[TieClaim]]) -> None:

@@ -33,6 +33,7 @@ class FakeStage(_PipelineStageBase):
         self._ties: dict[str, list[str]] = {}
         self._loss_modules = ()
         self._gradients = None
+        self._make_caches()
 
     def adapter(self) -> None:
         return None

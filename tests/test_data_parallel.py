@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pp_runtime.data_parallel import ReplicatedAdapter, ShardedAdapter, adapter_for
+from pp_runtime.data_parallel import ReplicatedAdapter, ShardedAdapter, Wrapped
 from pp_runtime.gradients import scale_gradients
 
 
@@ -62,13 +62,13 @@ def expected_gradients(microbatches: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def test_plain_module_needs_no_adapter() -> None:
-    assert adapter_for(model()) is None
+    assert Wrapped.of([model()]).adapter() is None
 
 
 def test_ddp_reduces_once_in_the_last_backward(group_of_one: None) -> None:
     module = DistributedDataParallel(model())
     counted = count_reductions(module)
-    adapter = adapter_for(nn.Sequential(module))
+    adapter = Wrapped.of([nn.Sequential(module)]).adapter()
     assert isinstance(adapter, ReplicatedAdapter)
     microbatches = list(torch.randn(3, 2, 4))
     for _ in range(2):
@@ -92,7 +92,7 @@ def test_fully_sharded_gathers_and_reduces_where_told(group_of_one: None, nested
         fully_shard(module[2], mesh=mesh)
     else:
         fully_shard(module, mesh=mesh)
-    adapter = adapter_for(module)
+    adapter = Wrapped.of([module]).adapter()
     assert isinstance(adapter, ShardedAdapter)
     microbatches = list(torch.randn(3, 2, 4))
     for _ in range(2):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pp_runtime._backward import stage_backward_input, stage_backward_weight
-from pp_runtime.data_parallel import adapter_for
+from pp_runtime.data_parallel import Wrapped
 from tests import ranks
 
 MICROBATCHES = 3
@@ -41,7 +41,7 @@ def step(rank: int, kind: str) -> dict[str, Any]:
     """All I first, then all W, as a zero-bubble schedule may order them."""
     model = a_model()
     stage = wrapped(model, kind)
-    adapter = adapter_for(stage)
+    adapter = Wrapped.of([stage]).adapter()
     assert adapter is not None
     adapter.unshard()
     halves, found = [], []

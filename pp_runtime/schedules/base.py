@@ -193,7 +193,7 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitia
         stage.has_backward = self._has_backward
         stage.chunks = self._n_microbatches
         stage.output_chunks.clear()
-        stage._reset_caches()
+        stage._clear_caches()
         stage._loss_modules = modules_of(self._loss_fn) if stage.is_last and self._has_backward else ()
         stage.refresh()
 
@@ -210,7 +210,7 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitia
             return
         divisor = self._n_microbatches if self.scale_grads else 1
         for stage in self._stages:
-            if "scale_grads" in stage.replaced():
+            if stage.replaces("scale_grads"):
                 stage.scale_grads(divisor)
         gradients.end(divisor)
 
