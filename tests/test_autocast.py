@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests import api, ranks, reference
-from tests.pipelines import EVERY_SCHEDULE, backward_orders, held_by, make_schedule, make_stages, stages_allowed
+from tests.pipelines import EVERY_SCHEDULE, backward_orders, held_by, make_schedule, make_stages, stages_allowed, step
 
 pytestmark = api.ours_only("is shown by torch's own tests")
 
@@ -34,18 +34,19 @@ def _train(rank: int, schedules: list[str]) -> list[str]:
         modules = {index: copy.deepcopy(plain[index]) for index in held}
         stages = make_stages(modules, len(plain))
         schedule = make_schedule(name, stages, MICROBATCHES, _loss)
-        for step in range(2):
-            generator = torch.Generator().manual_seed(step)
+        for number in range(2):
+            generator = torch.Generator().manual_seed(number)
             x, y = (torch.randn(ROWS, WIDTH, generator=generator) for _ in range(2))
+            batch = reference.Batch((x,), y)
             for module in modules.values():
                 module.zero_grad()
             with torch.autocast("cpu", torch.bfloat16):
-                reference.train_step(plain, reference.Batch((x,), y), _loss, MICROBATCHES, backward_orders(schedule))
+                reference.train_step(plain, batch, _loss, MICROBATCHES, backward_orders(schedule))
             with torch.autocast("cpu", torch.bfloat16):
-                schedule.step(*((x,) if 0 in held else ()), **({"target": y} if len(plain) - 1 in held else {}))
+                step(schedule, stages, batch)
             for index, module in modules.items():
                 for (key, mine), theirs in zip(module.named_parameters(), plain[index].parameters(), strict=True):
-                    found += reference.differences(f"{name}, step {step}: {index} {key}", mine.grad, theirs.grad)
+                    found += reference.differences(f"{name}, step {number}: {index} {key}", mine.grad, theirs.grad)
     return found
 
 

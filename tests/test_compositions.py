@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import api, ranks, reference
-from tests.pipelines import EVERY_SCHEDULE, held_by, make_schedule, make_stages, stages_allowed
+from tests.pipelines import EVERY_SCHEDULE, held_by, make_schedule, make_stages, stages_allowed, step
 
 pytestmark = api.ours_only("reduces once a microbatch, scales twice, or refuses the mixture")
 
@@ -149,9 +149,7 @@ def _compare(rank: int, schedule_name: str, kind: str, scaling: str) -> list[str
         mean = _mean_gradients(plain, [10 * number + each for each in (range(data) if wrap else [replica])], scale)
         expected = {key: mean[key] + expected[key] for key in mean} if expected else mean  # type: ignore[operator]
         batch = _batch(10 * number + replica)
-        args = batch.args if 0 in piped else ()
-        target = {"target": batch.target} if num_stages - 1 in piped else {}
-        schedule.step(*args, **target)
+        step(schedule, stages, batch)
         for stage in stages:
             bare = [name for name, _ in plain[stage.stage_index].named_parameters()]
             for name, parameter in zip(bare, stage.submod.parameters(), strict=True):
@@ -229,7 +227,7 @@ def _bare_order(rank: int, kind: str) -> list[str]:
         stage.submod = KINDS[kind][0](stage.submod, mesh)  # type: ignore[misc]
     wanted = _mean_gradients(plain, range(2))
     batch = _batch(replica)
-    schedule.step(*(batch.args if 0 in held else ()), **({"target": batch.target} if 3 in held else {}))
+    step(schedule, stages, batch)
     found = []
     for stage in stages:
         bare = [name for name, _ in plain[stage.stage_index].named_parameters()]
@@ -276,18 +274,15 @@ def _count(rank: int, schedules: list[str], kinds: list[str]) -> list[str]:
             for stage in stages:
                 stage.submod = wrap(stage.submod, mesh)
             batch = _batch(0)
-            for step in range(3):
+            for number in range(3):
                 with _Collectives() as got:
-                    schedule.step(
-                        *(batch.args if 0 in modules else ()),
-                        **({"target": batch.target} if 2 * per_rank - 1 in modules else {}),
-                    )
+                    step(schedule, stages, batch)
                 groups = 2 * per_rank  # two groups of parameters a stage
                 wanted = {"_allgather_base_": groups, "_reduce_scatter_base_": groups}
                 if kind.startswith(("DDP", "replicate")):
                     wanted = {"allreduce_": per_rank}
                 if {key: got.counts[key] for key in wanted} != wanted:
-                    found.append(f"{name}, {kind}, step {step}: {got.counts}, not {wanted}")
+                    found.append(f"{name}, {kind}, step {number}: {got.counts}, not {wanted}")
     return found
 
 
@@ -324,9 +319,7 @@ def _changes(rank: int, schedules: list[str]) -> list[str]:
             batch = _batch(10 * number + replica)
             for stage in stages:
                 stage.submod.zero_grad()
-            schedule.step(
-                *(batch.args if 0 in held else ()), **({"target": batch.target} if len(plain) - 1 in held else {})
-            )
+            step(schedule, stages, batch)
             for stage in stages:
                 index = stage.stage_index
                 bare = [n for n, _ in plain[index].named_parameters()]
@@ -376,7 +369,7 @@ def _refused(rank: int, kind: str) -> str:
         stages[0].submod = _ddp(Part(), mesh, static_graph=True)
     batch = _batch(0)
     with pytest.raises((ValueError, RuntimeError)) as raised:
-        schedule.step(*(batch.args if place == 0 else ()), **({"target": batch.target} if place == 1 else {}))
+        step(schedule, stages, batch)
     return str(raised.value)
 
 
@@ -418,8 +411,7 @@ def _unused(rank: int, schedules: list[str]) -> list[str]:
             for module in modules.values():
                 module.zero_grad()
             batch = _batch(10 * number + replica)
-            last = len(plain) - 1 in held
-            schedule.step(*(batch.args if 0 in held else ()), **({"target": batch.target} if last else {}))
+            step(schedule, stages, batch)
             for index in held:
                 for key, parameter in modules[index].module.named_parameters():
                     where = f"{name}: step {number}, {index} {key}"
