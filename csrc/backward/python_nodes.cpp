@@ -1,4 +1,4 @@
-#include "python_nodes.h"
+#include "backward/python_nodes.h"
 
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/utils/pybind.h>
