@@ -1,6 +1,6 @@
 #pragma once
 
-#include "lanes.h"
+#include "lanes/lanes.h"
 
 #include <ATen/core/Tensor.h>
 

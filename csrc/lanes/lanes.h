@@ -1,6 +1,6 @@
 #pragma once
 
-#include "lane_log.h"
+#include "lanes/lane_log.h"
 
 #include <c10/core/Device.h>
 #include <c10/core/Event.h>

@@ -1,4 +1,4 @@
-#include "lanes.h"
+#include "lanes/lanes.h"
 
 #include <c10/core/impl/VirtualGuardImpl.h>
 

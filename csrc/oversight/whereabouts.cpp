@@ -1,4 +1,4 @@
-#include "whereabouts.h"
+#include "oversight/whereabouts.h"
 
 #include <algorithm>
 #include <cstring>

@@ -1,4 +1,4 @@
-#include "program.h"
+#include "execution/program.h"
 
 #include <array>
 

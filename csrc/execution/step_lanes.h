@@ -1,8 +1,8 @@
 #pragma once
 
-#include "lanes.h"
-#include "message.h"
-#include "program.h"
+#include "execution/program.h"
+#include "lanes/lanes.h"
+#include "transport/message.h"
 
 #include <memory>
 #include <string>

@@ -1,7 +1,7 @@
-#include "bindings_lanes.h"
+#include "bindings.h"
+#include "lanes/lanes.h"
 
-#include "lanes.h"
-#include "transport/c10d_lanes.h"
+#include <torch/csrc/utils/pybind.h>
 
 #include <pybind11/stl.h>
 
@@ -43,17 +43,6 @@ void bind_lanes(py::module_& m) {
   py::class_<Lanes, std::shared_ptr<Lanes>>(m, "Lanes")
       .def(py::init<at::Device>(), py::arg("device"))
       .def(py::init<std::shared_ptr<LaneLog>>(), py::arg("log"));
-  py::class_<LanePath>(m, "LanePath")
-      .def(py::init([](std::shared_ptr<Lanes> lanes, c10::intrusive_ptr<c10d::Backend> communicator, int peer,
-                       size_t slots,
-                       bool owned) { return LanePath{std::move(lanes), std::move(communicator), peer, slots, owned}; }),
-           py::arg("lanes"), py::arg("communicator"), py::arg("peer"), py::arg("slots"), py::arg("owned"));
-  py::class_<LaneSendChannel, C10dSendChannel, std::shared_ptr<LaneSendChannel>>(m, "LaneSendChannel")
-      .def(py::init<C10dPath, LanePath, std::shared_ptr<Watch>, std::shared_ptr<WaitGuard>>(), py::arg("path"),
-           py::arg("on_device"), py::arg("watch"), py::arg("guard"));
-  py::class_<LaneReceiveChannel, C10dReceiveChannel, std::shared_ptr<LaneReceiveChannel>>(m, "LaneReceiveChannel")
-      .def(py::init<C10dPath, LanePath, std::shared_ptr<Watch>, std::shared_ptr<WaitGuard>>(), py::arg("path"),
-           py::arg("on_device"), py::arg("watch"), py::arg("guard"));
 }
 
 }  // namespace pp_runtime

@@ -1,4 +1,4 @@
-#include "step_lanes.h"
+#include "execution/step_lanes.h"
 
 #include <algorithm>
 #include <utility>

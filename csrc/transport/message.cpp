@@ -1,4 +1,4 @@
-#include "message.h"
+#include "transport/message.h"
 
 #include <ATen/Functions.h>
 #include <c10/util/Exception.h>

@@ -1,4 +1,4 @@
-#include "slots.h"
+#include "lanes/slots.h"
 
 #include <ATen/Functions.h>
 #include <c10/core/StreamGuard.h>

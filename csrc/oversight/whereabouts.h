@@ -1,7 +1,7 @@
 #pragma once
 
-#include "program.h"
-#include "transport/segment.h"
+#include "oversight/operation.h"
+#include "oversight/segment.h"
 
 #include <torch/csrc/distributed/c10d/Store.hpp>
 

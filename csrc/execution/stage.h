@@ -1,10 +1,10 @@
 #pragma once
 
-#include "backward/full_backward.h"
 #include "backward/split_backward.h"
 #include "backward/step_leaves.h"
-#include "message.h"
-#include "receive_node.h"
+#include "execution/python_values.h"
+#include "execution/receive_node.h"
+#include "transport/message.h"
 
 #include <torch/csrc/utils/pybind.h>
 
@@ -21,10 +21,6 @@ struct Edge {
   std::vector<int64_t> outputs;
   std::vector<int64_t> inputs;
 };
-
-/// A Python object that may be dropped without the GIL.
-using SharedPython = std::shared_ptr<PyObject>;
-SharedPython share_python(pybind11::object object);
 
 enum class BackwardKind : uint8_t { kFull, kInput, kWeight };
 
@@ -141,6 +137,8 @@ class Stage {
     bool may_have_own_leaves = true;
   };
 
+  /// For errors.
+  std::string name_of(size_t microbatch) const;
   Microbatch& at(size_t microbatch);
   const Microbatch& at(size_t microbatch) const;
   pybind11::object received_args(Microbatch& state);

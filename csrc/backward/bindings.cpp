@@ -1,13 +1,13 @@
-#include "bindings_backward.h"
+#include "backward/full_backward.h"
+#include "backward/split_backward.h"
+#include "backward/step_leaves.h"
+#include "bindings.h"
 
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
 #include <utility>
 #include <vector>
-
-#include "full_backward.h"
-#include "split_backward.h"
 
 namespace pp_runtime {
 
@@ -48,6 +48,9 @@ py::tuple split(const std::vector<at::Tensor>& outputs, std::vector<at::Tensor> 
 }  // namespace
 
 void bind_backward(py::module_& m) {
+  py::class_<StepLeaves, std::shared_ptr<StepLeaves>>(m, "StepLeaves")
+      .def(py::init<const std::vector<at::Tensor>&>(), py::arg("known"))
+      .def("take", &StepLeaves::take);
   py::class_<WeightHalf>(m, "WeightHalf", "The weight gradients that an input backward left for later.")
       .def("run", &WeightHalf::run, py::arg("keep_graph") = false, py::call_guard<py::gil_scoped_release>(),
            "Accumulates them into the leaves, in one engine call. Once.");

@@ -1,28 +1,13 @@
 #pragma once
 
+#include "oversight/operation.h"
+
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 namespace pp_runtime {
-
-enum class Operation : uint8_t {
-  kForward,
-  kBackward,
-  kInputBackward,
-  kWeightBackward,
-  kSendForward,
-  kReceiveForward,
-  kSendBackward,
-  kReceiveBackward,
-  /// Hands activations, or gradients, to a stage of the same rank.
-  kHandForward,
-  kHandBackward,
-  /// Calls a Python function: UNSHARD, RESHARD, REDUCE_GRAD, and whatever a user registered.
-  kCall,
-  kCount
-};
 
 bool is_send(Operation operation);
 bool is_receive(Operation operation);

@@ -1,4 +1,4 @@
-#include "lane_log.h"
+#include "lanes/lane_log.h"
 
 #include <c10/core/Stream.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>

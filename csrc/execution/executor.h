@@ -1,12 +1,13 @@
 #pragma once
 
-#include "lanes.h"
-#include "program.h"
-#include "stage.h"
-#include "step_lanes.h"
+#include "execution/program.h"
+#include "execution/stage.h"
+#include "execution/step_lanes.h"
+#include "execution/step_values.h"
+#include "lanes/lanes.h"
+#include "oversight/whereabouts.h"
 #include "transport/confirmation.h"
 #include "transport/transport.h"
-#include "whereabouts.h"
 
 #include <torch/csrc/utils/pybind.h>
 
@@ -15,17 +16,6 @@
 #include <vector>
 
 namespace pp_runtime {
-
-/// What the user gave for one step, in microbatch order. Held by `Executor::run`'s caller for as long as it runs.
-struct StepInput {
-  pybind11::list args;
-  pybind11::list kwargs;
-  pybind11::object targets;
-  pybind11::object loss_fn;
-  pybind11::object loss_kwargs;
-  bool training = false;
-  bool keep_outputs = false;
-};
 
 /// One action as it ran. `waited` is the part spent waiting for a message or a credit.
 /// On lanes these are moments of the lanes' clock until `take_trace` makes times of them.
@@ -55,10 +45,9 @@ class Executor {
   /// The loss of a microbatch from the last stage's output; keeps both as `run` will return them. GIL held.
   pybind11::object compute_loss(int64_t stage, size_t microbatch, const pybind11::object& output);
 
-  /// What `run` gathered, in microbatch order; None where a microbatch has none. Handed over: a second call gives empty
-  /// lists.
-  pybind11::list take_outputs();
-  pybind11::list take_losses();
+  /// What `run` gathered.
+  pybind11::list take_outputs() { return values_.take_outputs(); }
+  pybind11::list take_losses() { return values_.take_losses(); }
 
   int64_t position() const { return position_; }
   std::string text_of(size_t instruction) const;
@@ -73,7 +62,6 @@ class Executor {
 
  private:
   void execute(const Instruction& instruction);
-  void forward(Stage& stage, const Instruction& instruction);
   Message receive(const Instruction& instruction);
   void send(const Instruction& instruction, Message message);
   /// One action with what it waits for on the device, and its moments there where they are recorded.
@@ -99,11 +87,9 @@ class Executor {
   std::shared_ptr<Board> board_;
   std::vector<Activity> activities_;
 
-  StepInput input_;
+  StepValues values_;
   uint64_t step_ = 0;
   int64_t position_ = -1;
-  std::vector<pybind11::object> outputs_;
-  std::vector<pybind11::object> losses_;
   bool recording_ = false;
   std::vector<TraceRecord> trace_;
 };

@@ -1,4 +1,4 @@
-#include "watch.h"
+#include "oversight/watch.h"
 
 #include <poll.h>
 #include <sys/syscall.h>

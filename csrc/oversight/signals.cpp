@@ -1,4 +1,4 @@
-#include "signals.h"
+#include "oversight/signals.h"
 
 #include <torch/csrc/utils/pybind.h>
 

@@ -1,10 +1,9 @@
-#include "executor.h"
+#include "execution/executor.h"
 
-#include "signals.h"
+#include "oversight/signals.h"
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/record_function.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <chrono>
 #include <stdexcept>
@@ -21,44 +20,9 @@ int64_t now_ns() {
       .count();
 }
 
-bool given(const py::object& object) { return object && !object.is_none(); }
-
 std::string describe(const Frame& frame) {
   return std::string(frame.training != 0 ? "step" : "eval") + " number " + std::to_string(frame.step) +
          ", microbatch " + std::to_string(frame.microbatch);
-}
-
-/// The output without its graph: what a user may keep.
-py::object without_graph(const py::object& output) {
-  if (THPVariable_Check(output.ptr())) {
-    return py::reinterpret_steal<py::object>(THPVariable_Wrap(THPVariable_Unpack(output.ptr()).detach()));
-  }
-  if (PyTuple_CheckExact(output.ptr()) || PyList_CheckExact(output.ptr())) {
-    py::list items;
-    for (const py::handle item : output) {
-      items.append(without_graph(py::reinterpret_borrow<py::object>(item)));
-    }
-    return PyTuple_CheckExact(output.ptr()) ? py::object(py::tuple(items)) : py::object(items);
-  }
-  if (PyDict_CheckExact(output.ptr())) {
-    py::dict items;
-    for (const auto& [key, value] : py::reinterpret_borrow<py::dict>(output)) {
-      items[key] = without_graph(py::reinterpret_borrow<py::object>(value));
-    }
-    return items;
-  }
-  const bool is_plain =
-      output.is_none() || PyLong_Check(output.ptr()) || PyFloat_Check(output.ptr()) || PyUnicode_Check(output.ptr());
-  return is_plain ? output : py::module_::import("pp_runtime.running.values.payload").attr("without_graph")(output);
-}
-
-py::list hand_over(std::vector<py::object>& objects) {
-  py::list list;
-  for (py::object& object : objects) {
-    list.append(object ? std::move(object) : py::none());
-  }
-  objects.clear();
-  return list;
 }
 
 }  // namespace
@@ -102,17 +66,15 @@ Executor::Executor(const std::vector<int32_t>& program, std::vector<std::shared_
 }
 
 void Executor::run(StepInput input, uint64_t step) {
-  input_ = std::move(input);
+  values_.begin(std::move(input), microbatches_);
   step_ = step;
-  outputs_.assign(microbatches_, py::object());
-  losses_.assign(microbatches_, py::object());
   trace_.clear();
   position_ = -1;
   {
     py::gil_scoped_release no_gil;
-    const at::AutoGradMode mode(input_.training);
+    const at::AutoGradMode mode(values_.training());
     for (const auto& stage : stages_) {
-      stage->begin_step(microbatches_, input_.training, step);
+      stage->begin_step(microbatches_, values_.training(), step);
     }
     if (lanes_) {
       lanes_->begin_step(step);
@@ -163,7 +125,7 @@ void Executor::run(StepInput input, uint64_t step) {
     }
   }
   position_ = -1;
-  input_ = StepInput();
+  values_.drop_input();
   show_on_board(kOutsideStep);
 }
 
@@ -226,7 +188,7 @@ Message Executor::receive(const Instruction& instruction) {
   Message message = receive_channels_[instruction.channel]->receive();
   const Frame expected = {.step = step_,
                           .microbatch = static_cast<uint32_t>(instruction.microbatch),
-                          .training = input_.training ? 1U : 0U};
+                          .training = values_.training() ? 1U : 0U};
   if (!(message.frame == expected)) {
     throw std::runtime_error("this rank is in " + describe(expected) + ", but the message that came is of " +
                              describe(message.frame) + ": call step() or eval() on every rank alike");
@@ -246,9 +208,11 @@ void Executor::execute(const Instruction& instruction) {
   Stage& stage = *stages_[instruction.stage];
   const size_t microbatch = instruction.microbatch;
   switch (instruction.operation) {
-    case Operation::kForward:
-      forward(stage, instruction);
+    case Operation::kForward: {
+      py::gil_scoped_acquire gil;
+      values_.forward(stage, microbatch);
       break;
+    }
     case Operation::kBackward:
       stage.backward(microbatch, BackwardKind::kFull, instruction.last);
       break;
@@ -287,45 +251,9 @@ void Executor::execute(const Instruction& instruction) {
   }
 }
 
-void Executor::forward(Stage& stage, const Instruction& instruction) {
-  const size_t microbatch = instruction.microbatch;
-  py::gil_scoped_acquire gil;
-  PyObject* args = stage.is_first() ? PyList_GetItem(input_.args.ptr(), instruction.microbatch) : nullptr;
-  PyObject* kwargs = PyList_GetItem(input_.kwargs.ptr(), instruction.microbatch);
-  if ((stage.is_first() && args == nullptr) || kwargs == nullptr) {
-    throw py::error_already_set();
-  }
-  const py::object output = stage.forward(microbatch, args, kwargs);
-  if (stage.is_last()) {
-    compute_loss(instruction.stage, microbatch, output);
-  }
+py::object Executor::compute_loss(int64_t stage, size_t microbatch, const py::object& output) {
+  return values_.compute_loss(*stages_.at(stage), microbatch, output);
 }
-
-py::object Executor::compute_loss(int64_t slot, size_t microbatch, const py::object& output) {
-  Stage& stage = *stages_.at(slot);
-  py::object& kept = losses_.at(microbatch);
-  if (input_.keep_outputs) {
-    outputs_.at(microbatch) = without_graph(output);
-  }
-  if (!given(input_.targets) || !given(input_.loss_fn)) {
-    return py::none();
-  }
-  const py::object target = input_.targets[py::int_(microbatch)];
-  const py::object loss = given(input_.loss_kwargs) ? input_.loss_fn(output, target, **py::dict(input_.loss_kwargs))
-                                                    : input_.loss_fn(output, target);
-  if (!THPVariable_Check(loss.ptr())) {
-    throw py::type_error("loss_fn returned " + std::string(Py_TYPE(loss.ptr())->tp_name) + " for microbatch " +
-                         std::to_string(microbatch) + ": let it return a tensor");
-  }
-  const at::Tensor& tensor = THPVariable_Unpack(loss.ptr());
-  stage.set_loss(microbatch, tensor);
-  kept = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor.detach()));
-  return loss;
-}
-
-py::list Executor::take_outputs() { return hand_over(outputs_); }
-
-py::list Executor::take_losses() { return hand_over(losses_); }
 
 int64_t Executor::stage_index_of(size_t instruction) const {
   const Instruction& found = program_.at(instruction);
@@ -355,9 +283,7 @@ std::vector<TraceRecord> Executor::take_trace() {
 }
 
 void Executor::clear() {
-  input_ = StepInput();
-  outputs_.clear();
-  losses_.clear();
+  values_.clear();
   for (const auto& stage : stages_) {
     stage->clear();
   }

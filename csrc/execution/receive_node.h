@@ -9,9 +9,6 @@
 
 namespace pp_runtime {
 
-/// How torch owns its nodes.
-using NodePointer = decltype(torch::autograd::Edge::function);
-
 /// The gradient function of a tensor that came in from another stage: it collects the gradient that goes back.
 ///
 /// It has no next edges, as a leaf's node has none, but the tensor in front of it is not a leaf: in-place operations on
