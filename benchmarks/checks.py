@@ -40,7 +40,7 @@ def median_time(call: Callable[[], Any], repeats: int = 1000) -> float:
 
 
 def description(shape: tuple[int, ...]) -> bytes:
-    """Of a message with one float tensor, as csrc/message.cpp writes it."""
+    """Of a message with one float tensor, as csrc/transport/message.cpp writes it."""
     return (
         struct.pack("<QIIIII4x", 1, 0, 1, 1, 0, 0)
         + struct.pack("<5B", 1, 0, 6, len(shape), 0)

@@ -90,7 +90,7 @@ void GraphSplitter::settle(Node& node) {
     place.stand_in = halve(node);
   }
   if (is_reentrant_checkpoint(node) && node.post_hooks().empty()) {
-    recomputes_.push_back(c10::make_intrusive<RecomputeNode>(node.getptr()));
+    recomputes_.push_back(make_node<RecomputeNode>(node.getptr()));
     place.stand_in = recomputes_.back().get();
   }
   if (typeid(node) == typeid(torch::autograd::CopySlices)) {
@@ -121,7 +121,7 @@ Node* GraphSplitter::split(Node& node, const WeightProduct& product) {
   for (size_t i = 0; i < edges.size(); ++i) {
     (on_weight_side_[i] ? weight_edges : input_edges)[i] = std::move(edges[i]);
   }
-  auto split = c10::make_intrusive<SplitNode>(node.getptr(), product, std::move(input_edges), std::move(weight_edges));
+  auto split = make_node<SplitNode>(node.getptr(), product, std::move(input_edges), std::move(weight_edges));
   if (split->has_hooks()) {
     replaced_.push_back(&node);
   }
@@ -137,7 +137,7 @@ void GraphSplitter::keep(Node& node) {
       weight_edges.push_back(std::move(edges[i]));
     }
   }
-  auto keep = c10::make_intrusive<KeepNode>(node.sequence_nr(), std::move(weight_edges));
+  auto keep = make_node<KeepNode>(node.sequence_nr(), std::move(weight_edges));
   for (size_t i = 0, kept = 0; i < edges.size(); ++i) {
     if (on_weight_side_[i]) {
       edges[i] = Edge(keep, kept++);

@@ -28,11 +28,11 @@ class GraphSplitter {
   /// Whether the edge leads to a stage input; if so it is redirected to the node that stands for its own.
   bool redirect(torch::autograd::Edge& edge) const;
 
-  std::vector<c10::intrusive_ptr<HalfNode>> take_halves() { return std::move(halves_); }
+  std::vector<Owned<HalfNode>> take_halves() { return std::move(halves_); }
   /// Nodes with hooks that SplitNodes replaced in the graph.
   std::vector<torch::autograd::Node*> take_replaced() { return std::move(replaced_); }
 
-  std::vector<c10::intrusive_ptr<RecomputeNode>> take_recomputes() { return std::move(recomputes_); }
+  std::vector<Owned<RecomputeNode>> take_recomputes() { return std::move(recomputes_); }
 
  private:
   struct Place {
@@ -55,8 +55,8 @@ class GraphSplitter {
   ska::flat_hash_map<torch::autograd::Node*, Place> places_;
   std::vector<Step> path_;
   std::vector<char> on_weight_side_;  // of each edge of the node being settled
-  std::vector<c10::intrusive_ptr<HalfNode>> halves_;
-  std::vector<c10::intrusive_ptr<RecomputeNode>> recomputes_;
+  std::vector<Owned<HalfNode>> halves_;
+  std::vector<Owned<RecomputeNode>> recomputes_;
   std::vector<torch::autograd::Node*> replaced_;
   bool inside_checkpoint_ = false;  // some product's saved tensors stand behind hooks
 };

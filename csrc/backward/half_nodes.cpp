@@ -46,7 +46,7 @@ variable_list run_hooks_before(Node& node, variable_list gradients) {
   return gradients;
 }
 
-void HalfNode::run_before(const c10::intrusive_ptr<HalfNode>& next) { next_edges().emplace_back(next, 0); }
+void HalfNode::run_before(const Owned<HalfNode>& next) { next_edges().emplace_back(next, 0); }
 
 bool HalfNode::shorten(const LeafPaths& paths) {
   edge_list& edges = next_edges();
@@ -137,7 +137,7 @@ void KeepNode::begin_weight_half() {
 
 std::string KeepNode::name() const { return "pp_runtime::KeepNode"; }
 
-HalvesNode::HalvesNode(std::vector<c10::intrusive_ptr<HalfNode>> halves) : halves_(std::move(halves)) {
+HalvesNode::HalvesNode(std::vector<Owned<HalfNode>> halves) : halves_(std::move(halves)) {
   add_input_metadata(unread_input());
 }
 
@@ -191,7 +191,7 @@ variable_list StartNode::apply(variable_list&&) {
 std::string StartNode::name() const { return "pp_runtime::StartNode"; }
 
 void StartNode::execute(Roots roots, bool keep_graph, std::vector<Node*> replaced) {
-  const auto start = c10::make_intrusive<StartNode>(std::move(roots), std::move(replaced));
+  const auto start = make_node<StartNode>(std::move(roots), std::move(replaced));
   torch::autograd::Engine::get_default_engine().execute({Edge(start, 0)}, {std::move(start->input_)}, keep_graph,
                                                         /*create_graph=*/false, /*accumulate_grad=*/true);
 }

@@ -29,7 +29,7 @@ class HalfNode : public torch::autograd::Node {
   virtual void begin_weight_half() = 0;
   /// In W, makes `next` wait for this node. The engine would run them in this order anyway, but through a queue that
   /// holds all of them at once, whose every step then takes longer the deeper the stage.
-  void run_before(const c10::intrusive_ptr<HalfNode>& next);
+  void run_before(const Owned<HalfNode>& next);
   /// In W, makes this node take its gradients along the free paths itself. True if that is all of them: then the engine
   /// has nothing to do with this node.
   bool shorten(const LeafPaths& paths);
@@ -96,13 +96,13 @@ class KeepNode final : public HalfNode {
 /// In W, runs HalfNodes that take all their gradients to the leaves themselves.
 class HalvesNode final : public torch::autograd::Node {
  public:
-  explicit HalvesNode(std::vector<c10::intrusive_ptr<HalfNode>> halves);
+  explicit HalvesNode(std::vector<Owned<HalfNode>> halves);
 
   torch::autograd::variable_list apply(torch::autograd::variable_list&& unused) override;
   std::string name() const override;
 
  private:
-  std::vector<c10::intrusive_ptr<HalfNode>> halves_;
+  std::vector<Owned<HalfNode>> halves_;
 };
 
 /// Catches the gradients in front of an input's node, so that nothing behind the input runs; the tensor's own hooks do.

@@ -1,6 +1,7 @@
 #include "backward/python_nodes.h"
 
 #include <torch/csrc/autograd/python_cpp_function.h>
+#include <torch/csrc/autograd/python_function.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <cstring>
@@ -27,6 +28,17 @@ edge_list edges_of(const std::vector<at::Tensor>& tensors) {
   return edges;
 }
 
+/// The Python object of a Python function's node: in every node's slot since torch 2.13, PyNode's own before.
+template <class PythonNode = torch::autograd::PyNode>
+PyObject* python_object(const Node& node) {
+  const auto& python_node = static_cast<const PythonNode&>(node);
+  if constexpr (requires { python_node.obj; }) {
+    return python_node.obj;
+  } else {
+    return python_node.pyobj_slot()->load_pyobj();
+  }
+}
+
 }  // namespace
 
 bool is_reentrant_checkpoint(const Node& node) {
@@ -35,7 +47,7 @@ bool is_reentrant_checkpoint(const Node& node) {
     return false;
   }
   // A type's name never changes, so it is read without the GIL; only a namesake needs a closer look.
-  PyObject* object = node.pyobj_slot()->load_pyobj();
+  PyObject* object = python_object(node);
   if (object == nullptr || std::strcmp(Py_TYPE(object)->tp_name, "CheckpointFunctionBackward") != 0) {
     return false;
   }
@@ -51,7 +63,7 @@ bool saves_behind_hooks(Node& node) {
 
 Recomputed recompute(const Node& checkpoint) {
   py::gil_scoped_acquire gil;
-  const py::handle context(checkpoint.pyobj_slot()->load_pyobj());
+  const py::handle context(python_object(checkpoint));
   const auto [outputs, inputs] =
       helper("recompute")(context).cast<std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>>>();
   return {edges_of(outputs), edges_of(inputs)};

@@ -34,7 +34,7 @@ std::unique_ptr<WeightHalf> run_input_half(GraphSplitter splitter, Roots roots) 
   if (!input_roots.edges.empty()) {
     StartNode::execute(std::move(input_roots), /*keep_graph=*/false, splitter.take_replaced());
   }
-  std::vector<c10::intrusive_ptr<HalfNode>> halves = splitter.take_halves();
+  std::vector<Owned<HalfNode>> halves = splitter.take_halves();
   for (const auto& half : halves) {
     half->begin_weight_half();
   }
@@ -48,8 +48,7 @@ std::unique_ptr<WeightHalf> run_input_half(GraphSplitter splitter, Roots roots) 
 }
 
 /// Takes out the halves that the engine has nothing to do with.
-std::vector<c10::intrusive_ptr<HalfNode>> take_independent(std::vector<c10::intrusive_ptr<HalfNode>>& halves,
-                                                           const Roots& roots) {
+std::vector<Owned<HalfNode>> take_independent(std::vector<Owned<HalfNode>>& halves, const Roots& roots) {
   LeafPaths paths;
   paths.count(roots.edges);
   for (const auto& half : halves) {
@@ -57,15 +56,14 @@ std::vector<c10::intrusive_ptr<HalfNode>> take_independent(std::vector<c10::intr
   }
   const auto first =
       std::stable_partition(halves.begin(), halves.end(), [&paths](const auto& half) { return !half->shorten(paths); });
-  std::vector<c10::intrusive_ptr<HalfNode>> independent(std::make_move_iterator(first),
-                                                        std::make_move_iterator(halves.end()));
+  std::vector<Owned<HalfNode>> independent(std::make_move_iterator(first), std::make_move_iterator(halves.end()));
   halves.erase(first, halves.end());
   return independent;
 }
 
 }  // namespace
 
-WeightHalf::WeightHalf(std::vector<c10::intrusive_ptr<HalfNode>> halves, Roots roots)
+WeightHalf::WeightHalf(std::vector<Owned<HalfNode>> halves, Roots roots)
     : halves_(std::move(halves)), roots_(std::move(roots)) {}
 
 WeightHalf::~WeightHalf() = default;
@@ -80,7 +78,7 @@ void WeightHalf::run(bool keep_graph) {
             [](const auto& left, const auto& right) { return left->sequence_nr() > right->sequence_nr(); });
   if (!keep_graph && !torch::autograd::AnomalyMode::is_enabled()) {
     if (auto independent = take_independent(halves_, roots); !independent.empty()) {
-      roots.edges.emplace_back(c10::make_intrusive<HalvesNode>(std::move(independent)), 0);
+      roots.edges.emplace_back(make_node<HalvesNode>(std::move(independent)), 0);
       roots.grads.emplace_back();
     }
   }
@@ -117,7 +115,7 @@ std::unique_ptr<WeightHalf> input_backward(Roots roots, const std::vector<NodePo
     splitter.add_input(node.get(), node.get());
   }
   if (input_nodes.empty()) {
-    return std::make_unique<WeightHalf>(std::vector<c10::intrusive_ptr<HalfNode>>(), std::move(roots));
+    return std::make_unique<WeightHalf>(std::vector<Owned<HalfNode>>(), std::move(roots));
   }
   return run_input_half(std::move(splitter), std::move(roots));
 }
@@ -125,11 +123,11 @@ std::unique_ptr<WeightHalf> input_backward(Roots roots, const std::vector<NodePo
 InputGradients captured_input_backward(Roots roots, const edge_list& inputs) {
   GraphSplitter splitter;
   // Several inputs may come from one node (the parts of an unbind).
-  std::unordered_map<torch::autograd::Node*, c10::intrusive_ptr<CaptureNode>> captures;
+  std::unordered_map<torch::autograd::Node*, Owned<CaptureNode>> captures;
   for (const Edge& input : inputs) {
     auto& capture = captures[input.function.get()];
     if (!capture) {
-      capture = c10::make_intrusive<CaptureNode>(input.function);
+      capture = make_node<CaptureNode>(input.function);
       splitter.add_input(input.function.get(), capture.get());
     }
   }

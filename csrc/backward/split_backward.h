@@ -15,7 +15,7 @@ class HalfNode;
 /// Used by one thread at a time; the caller does not hold the GIL.
 class WeightHalf {
  public:
-  WeightHalf(std::vector<c10::intrusive_ptr<HalfNode>> halves, Roots roots);
+  WeightHalf(std::vector<Owned<HalfNode>> halves, Roots roots);
   WeightHalf(const WeightHalf&) = delete;
   WeightHalf& operator=(const WeightHalf&) = delete;
   ~WeightHalf();
@@ -30,7 +30,7 @@ class WeightHalf {
   torch::autograd::edge_list edges() const;
 
  private:
-  std::vector<c10::intrusive_ptr<HalfNode>> halves_;
+  std::vector<Owned<HalfNode>> halves_;
   Roots roots_;
   bool has_run_ = false;
 };

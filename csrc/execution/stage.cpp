@@ -77,7 +77,7 @@ void Stage::accept_activation(const Edge& edge, size_t microbatch, Message messa
     Input& input = state.inputs[position];
     input.tensor = std::move(message.tensors[i]);
     if (training_ && message.requires_grad[i] != 0) {
-      input.node = c10::make_intrusive<ReceiveNode>();
+      input.node = make_node<ReceiveNode>();
       torch::autograd::create_gradient_edge(input.tensor, input.node);
     }
   }

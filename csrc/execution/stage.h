@@ -110,7 +110,7 @@ class Stage {
  private:
   struct Input {
     at::Tensor tensor;
-    c10::intrusive_ptr<ReceiveNode> node;
+    Owned<ReceiveNode> node;
     /// Taken by hand: `tensor` is a leaf that collects its own gradient.
     bool is_leaf = false;
 

@@ -14,7 +14,7 @@ from functools import partial
 
 from pp_runtime.orders import Action, ActionType, Placement, ir
 
-# Operation numbers of csrc/program.h
+# Operation numbers of csrc/oversight/operation.h
 _COMPUTE = {ir.FORWARD: 0, ir.FULL_BACKWARD: 1, ir.BACKWARD_INPUT: 2, ir.BACKWARD_WEIGHT: 3}
 _SEND_F, _RECV_F, _SEND_B, _RECV_B, _HAND_F, _HAND_B, _CALL = 4, 5, 6, 7, 8, 9, 10
 _LAST, _RELEASES, _ONLY_DATA_PARALLEL = 1, 2, 4

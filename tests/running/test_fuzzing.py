@@ -106,7 +106,7 @@ def _description(
     wrappings: bytes = b"",
     wrappings_said: int | None = None,
 ) -> bytes:
-    """As csrc/message.cpp writes one; a tensor is (dtype, strided, sizes and strides...)."""
+    """As csrc/transport/message.cpp writes one; a tensor is (dtype, strided, sizes and strides...)."""
     head = struct.pack(
         "<QIIIII4x",
         1,

@@ -12,7 +12,7 @@ from pp_runtime import _C
 if TYPE_CHECKING:
     from pp_runtime.running.agreement import Agreement
 
-# Operations of csrc/program.h, then the two states of csrc/whereabouts.h.
+# Operations of csrc/oversight/operation.h, then the two states of csrc/oversight/whereabouts.h.
 _TEXTS = ("F", "B", "I", "W", "SEND_F", "RECV_F", "SEND_B", "RECV_B", "HAND_F", "HAND_B")
 _SENDS, _RECEIVES = {4: "SEND_F", 6: "SEND_B"}, {5: "SEND_F", 7: "SEND_B"}
 _CALL, _OUTSIDE_STEP, _END_OF_STEP = 10, 11, 12
@@ -158,7 +158,7 @@ def _patience(deadline: float) -> float:
 
 
 def _from_report(report: str) -> Whereabouts | None:
-    """From what csrc/whereabouts.cpp's Reporter wrote: six numbers, the last a time, and a name."""
+    """From what csrc/oversight/whereabouts.cpp's Reporter wrote: six numbers, the last a time, and a name."""
     fields = report.split(" ", 6)
     try:
         operation, stage, microbatch, peer, other_stage = map(int, fields[:5])
