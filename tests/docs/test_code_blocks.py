@@ -24,7 +24,7 @@ ALONE = sorted({block.page for page in PAGES for block in blocks(page) if block.
 PROGRAMS = [block for page in PAGES for block in blocks(page) if block.name]
 
 
-def run_python(*arguments: object, folder: Path, seconds: float = 60.0) -> str:
+def run_python(*arguments: object, folder: Path, seconds: float = 100.0) -> str:
     """What a program prints; an error with all of it if it fails or takes too long."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
@@ -66,7 +66,7 @@ def run_blocks(rank: int, page: str, count: int, folder: str = ".") -> None:
 
 @pytest.mark.parametrize(("page", "count"), WITH_RANKS)
 def test_blocks_run_on_ranks(page: str, count: int, tmp_path: Path) -> None:
-    ranks.run(run_blocks, count, timeout=40, page=page, count=count, folder=str(tmp_path))
+    ranks.run(run_blocks, count, timeout=80, page=page, count=count, folder=str(tmp_path))
 
 
 @pytest.mark.parametrize("page", ALONE)

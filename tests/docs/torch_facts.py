@@ -61,6 +61,29 @@ class Fails(nn.Module):
         return self.layer(x)
 
 
+class TakesPositions(nn.Module):
+    """Adds a keyword input, which broadcasts over the rows."""
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x + positions
+
+
+class Hooks(nn.Module):
+    """Counts the gradients of its input by a hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.fired = nn.Linear(4, 4), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            x.register_hook(self.count)
+        return self.layer(x)
+
+    def count(self, gradient: Tensor) -> None:
+        self.fired += 1
+
+
 class Skips(nn.Module):
     """Its last layer takes what its first gave."""
 
@@ -109,6 +132,21 @@ def uneven_rounds(rank: int, package: str) -> str:
     return "trains"
 
 
+def uneven_rows(rank: int, package: str) -> str:
+    """8 rows in 3 microbatches, with a loss"""
+    train(package, "Schedule1F1B", [nn.Linear(4, 4)], 3, 8)
+    return "trains"
+
+
+def keyword_of_one_row(rank: int, package: str) -> str:
+    """A keyword input with a batch of 1 beside 4 rows, 2 microbatches"""
+    api = importlib.import_module(package)
+    schedule = api.ScheduleGPipe(api.PipelineStage(TakesPositions(), rank, 2, CPU), 2)
+    positions = torch.arange(4.0)[None]
+    schedule.step(torch.zeros(4, 4), positions=positions) if rank == 0 else schedule.step(positions=positions)
+    return "runs"
+
+
 def nested(rank: int, package: str) -> str:
     """A dict between stages."""
     train(package, "Schedule1F1B", [TakesNested() if rank else Nested()], 2, 4)
@@ -139,6 +177,20 @@ def batch_norm(rank: int, package: str) -> str:
     module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     train(package, "Schedule1F1B", [module], 4, 8)
     return f"{module[1].num_batches_tracked.item()} batches"
+
+
+def input_hooks(rank: int, package: str) -> str:
+    """A hook that a stage puts on its input: how often it fires in steps of 4 microbatches"""
+    api = importlib.import_module(package)
+    module = Hooks()
+    schedule = api.Schedule1F1B(api.PipelineStage(module, rank, 2, CPU), 4, loss_fn=nn.functional.mse_loss)
+    counts = []
+    for _ in range(3):
+        module.fired = 0
+        x = torch.randn(8, 4)
+        schedule.step(x) if rank == 0 else schedule.step(target=x)
+        counts.append(module.fired)
+    return f"{counts} times in three steps"
 
 
 def replicas(rank: int, package: str) -> str:
@@ -181,10 +233,13 @@ FACTS: tuple[tuple[Callable[..., str], int], ...] = (
     (smaller_batch, 2),
     (few_microbatches, 2),
     (uneven_rounds, 2),
+    (uneven_rows, 2),
+    (keyword_of_one_row, 2),
     (nested, 2),
     (compiled, 2),
     (skip_connection, 2),
     (batch_norm, 2),
+    (input_hooks, 2),
     (replicas, 4),
     (failure, 2),
 )
