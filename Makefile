@@ -1,6 +1,7 @@
 # make test    make the virtual environment, build in place, run the tests
 # make train   train a small language model over two pipeline ranks (about two minutes)
 # make lint    ruff, mypy, clang-format
+# make docs    the documentation in build/site, warnings as errors (seconds; needs no build)
 # make sanitize   the C++ runtime's own tests under ASan, UBSan and TSan (two minutes)
 # make cuda-check   compile the CUDA build against torch 2.14 and run the tutorial with it on the CPU
 SHELL := /bin/bash
@@ -17,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Each rank is one process a core; more threads only fight each other.
 export OMP_NUM_THREADS := 1
 
-.PHONY: all venv build test train lint format sanitize cuda-check clean
+.PHONY: all venv build test train lint format docs sanitize cuda-check clean
 all: build
 
 venv: $(VENV)/made
@@ -62,6 +63,18 @@ format: $(VENV)/made
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs -r $(VENV)/bin/clang-format -i
+
+# The tools of the documentation have an environment of their own, which is kept outside of the checkout.
+DOCS_VENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/pp_runtime/docs-$(shell sha256sum requirements-docs.txt | cut -c 1-12)
+$(DOCS_VENV)/made: requirements-docs.txt
+	@echo "making the environment of the documentation in $(DOCS_VENV)"
+	@$(SYSTEM_PYTHON) -m venv --clear $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip install -qq --requirement requirements-docs.txt
+	@touch $@
+
+docs: $(DOCS_VENV)/made
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
+	@echo "build/site/index.html"
 
 sanitize: $(VENV)/made
 	$(PYTHON) tests/native/sanitize.py
