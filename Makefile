@@ -72,8 +72,9 @@ $(DOCS_VENV)/made: requirements-docs.txt
 	@$(DOCS_VENV)/bin/python -m pip install -qq --requirement requirements-docs.txt
 	@touch $@
 
+# Without --quiet, which would keep the warnings from --strict too.
 docs: $(DOCS_VENV)/made
-	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 	@echo "build/site/index.html"
 
 sanitize: $(VENV)/made
