@@ -19,11 +19,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pp_runtime.passes.communication import insert_communication
-from pp_runtime.passes.credits import peak_messages
-from pp_runtime.schedules.catalogue import build_order
-from pp_runtime.simulate import simulate
-from pp_runtime.verify import verify, verify_communication
+from pp_runtime.orders.catalogue import build_order
+from pp_runtime.planning.passes.communication import insert_communication
+from pp_runtime.planning.passes.credits import peak_messages
+from pp_runtime.planning.verifier import verify, verify_communication
+from pp_runtime.timing.simulation import simulate
 
 STAGES_PER_RANK = 4
 COLUMNS = ("build", "verify", "lower", "verify all", "room", "simulate")

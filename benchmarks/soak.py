@@ -53,9 +53,9 @@ class Pipeline:
 
     def __init__(self, schedule: str) -> None:
         from pp_runtime import PipelineStage
+        from pp_runtime.orders.catalogue import ORDERS
+        from pp_runtime.orders.placement import stages_of_rank
         from pp_runtime.schedules import PipelineScheduleMulti, get_schedule_class
-        from pp_runtime.schedules.catalogue import ORDERS
-        from pp_runtime.schedules.placement import stages_of_rank
 
         spec, ranks = ORDERS[schedule], dist.get_world_size()
         count = ranks * (spec.stages_per_rank_allowed[0] if spec.stages_per_rank_allowed else 2)

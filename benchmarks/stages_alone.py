@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pp_runtime import _C
-from pp_runtime.ir import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, FULL_BACKWARD, Action, leaves
+from pp_runtime.orders.ir import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, FULL_BACKWARD, Action, leaves
 
 
 class StagesAlone:

@@ -38,7 +38,7 @@ from stages_alone import StagesAlone
 from step_time_table import Row, heading, line, save_png, write_csv
 
 if TYPE_CHECKING:
-    from pp_runtime.ir import Order, Placement
+    from pp_runtime.orders.ir import Order, Placement
 
 RANKS = 2
 STEPS_TIMED = 4  # in a turn
@@ -112,8 +112,8 @@ class Pipeline:
 
 def own_modules(size: Size, schedule: str, ranks: int) -> tuple[dict[int, nn.Module], int]:
     """This rank's stages of a pipeline, as many as the schedule takes or two, and how many there are in all."""
-    from pp_runtime.schedules.catalogue import ORDERS
-    from pp_runtime.schedules.placement import stages_of_rank
+    from pp_runtime.orders.catalogue import ORDERS
+    from pp_runtime.orders.placement import stages_of_rank
 
     spec = ORDERS[schedule]
     count = ranks * (spec.stages_per_rank_allowed[0] if spec.stages_per_rank_allowed else 2)
@@ -166,8 +166,8 @@ def medians_of(pipelines: Sequence[Pipeline], rounds: int, between: Callable[[],
 
 def bound(order: Order, placement: Placement, own_times: dict[int, dict[str, float]]) -> float:
     """The makespan in seconds of the order at the stages' own times, of which each rank gives its part."""
-    from pp_runtime.costs import Costs
-    from pp_runtime.simulate import simulate
+    from pp_runtime.timing.costs import Costs
+    from pp_runtime.timing.simulation import simulate
 
     everyones: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, own_times)
@@ -178,8 +178,8 @@ def bound(order: Order, placement: Placement, own_times: dict[int, dict[str, flo
 
 def measure(name: str, schedule: str, microbatches: int, rounds: int) -> Row:
     """One line of the table; called on every rank."""
-    from pp_runtime.ir import BACKWARD_WEIGHT, leaves
-    from pp_runtime.schedules.catalogue import build_order
+    from pp_runtime.orders.catalogue import build_order
+    from pp_runtime.orders.ir import BACKWARD_WEIGHT, leaves
 
     size = SIZES[name]
     modules, count = own_modules(size, schedule, RANKS)

@@ -49,7 +49,7 @@ py::object without_graph(const py::object& output) {
   }
   const bool is_plain =
       output.is_none() || PyLong_Check(output.ptr()) || PyFloat_Check(output.ptr()) || PyUnicode_Check(output.ptr());
-  return is_plain ? output : py::module_::import("pp_runtime.payload").attr("without_graph")(output);
+  return is_plain ? output : py::module_::import("pp_runtime.running.values.payload").attr("without_graph")(output);
 }
 
 py::list hand_over(std::vector<py::object>& objects) {

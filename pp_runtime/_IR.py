@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pp_runtime.torch_pipelining import torch_pipelining
+from pp_runtime.splitting import torch_pipelining
 
 _OURS = ("Pipe", "SplitPoint", "annotate_split_points", "pipe_split", "pipeline")
 
@@ -13,7 +13,7 @@ def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in _OURS:
-        from pp_runtime import tracing
+        from pp_runtime import splitting
 
-        return getattr(tracing, name)
+        return getattr(splitting, name)
     return getattr(torch_pipelining("_IR"), name)

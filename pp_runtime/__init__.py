@@ -14,17 +14,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ._extension import check_extension
-from ._torchs_place import stand_in_torchs_place
-from ._version import __version__
+from pp_runtime._extension import check_extension
+from pp_runtime._torchs_place import stand_in_torchs_place
+from pp_runtime._version import __version__
 
 check_extension()
 stand_in_torchs_place()
 
-from .clipping import clip_grad_norm_  # noqa: E402
-from .errors import InvalidOrderError, PipelineError, PipelineUsageError  # noqa: E402
-from .grad_scaler import PipelineGradScaler  # noqa: E402
-from .schedules import (  # noqa: E402
+from pp_runtime.errors import InvalidOrderError, PipelineError, PipelineUsageError  # noqa: E402
+from pp_runtime.running import PipelineGradScaler, clip_grad_norm_  # noqa: E402
+from pp_runtime.schedules import (  # noqa: E402
     Schedule1F1B,
     ScheduleAuto,
     ScheduleDualPipeV,
@@ -40,10 +39,10 @@ from .schedules import (  # noqa: E402
     _ScheduleForwardOnly,
     get_schedule_class,
 )
-from .stage import PipelineStage, build_stage  # noqa: E402
+from pp_runtime.stage import PipelineStage, build_stage  # noqa: E402
 
 if TYPE_CHECKING:
-    from .tracing import Pipe, SplitPoint, pipe_split, pipeline
+    from pp_runtime.splitting import Pipe, SplitPoint, pipe_split, pipeline
 
 __all__ = [
     "InvalidOrderError",
@@ -80,7 +79,7 @@ _TRACING = ("Pipe", "SplitPoint", "pipe_split", "pipeline")
 
 def __getattr__(name: str) -> Any:
     if name in _TRACING:
-        from . import tracing
+        from pp_runtime import splitting
 
-        return getattr(tracing, name)
+        return getattr(splitting, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

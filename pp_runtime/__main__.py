@@ -10,25 +10,36 @@ from pathlib import Path
 
 import torch
 
-from .comparison import compare
-from .costs import Costs
-from .csv_files import dump_order, load_order
-from .html_page import write_html
-from .ir import Action, Order, Placement, from_torch_form, leaves, microbatch_count, placement_of, to_torch_form
-from .memory_report import loads_of, plan_memory
-from .network import has_communication
-from .passes.communication import insert_communication
-from .passes.data_parallel import insert_reduce_grad, insert_unshard
-from .passes.edges import adjacent_edges
-from .plan import Plan, Wiring
-from .schedules.auto import auto
-from .schedules.catalogue import ORDERS, build_order
-from .simulate import Simulation, simulate
-from .text_picture import text_picture
-from .timeline import Timeline
-from .traces import write_chrome
-from .verify import verify, verify_communication
-from .visualize import draw
+from pp_runtime.orders import (
+    ORDERS,
+    Action,
+    Order,
+    Placement,
+    adjacent_edges,
+    build_order,
+    dump_order,
+    from_torch_form,
+    leaves,
+    load_order,
+    microbatch_count,
+    placement_of,
+    to_torch_form,
+)
+from pp_runtime.pictures import draw, text_picture, write_chrome, write_html
+from pp_runtime.planning import (
+    Plan,
+    Wiring,
+    auto,
+    compare,
+    insert_communication,
+    insert_reduce_grad,
+    insert_unshard,
+    plan_memory,
+    verify,
+    verify_communication,
+)
+from pp_runtime.running import loads_of
+from pp_runtime.timing import Costs, Simulation, Timeline, has_communication, read_costs, simulate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -176,7 +187,7 @@ def _numbers(played: Simulation) -> str:
 
 def _costs(options: argparse.Namespace) -> Costs:
     if options.costs:
-        return Costs.read(options.costs)
+        return read_costs(options.costs)
     if getattr(options, "measured", None):
         return Timeline.from_chrome(options.measured).costs()
     return Costs()

@@ -14,7 +14,7 @@ def check_extension() -> None:
     if importlib.util.find_spec("pp_runtime._C") is None:
         raise ImportError(f"pp_runtime's C++ extension has not been built: {_BUILD}")
     try:
-        from ._build_info import TORCH_VERSION
+        from pp_runtime._build_info import TORCH_VERSION
     except ImportError:
         raise ImportError(f"pp_runtime's C++ extension does not say which torch it was built for: {_BUILD}") from None
     if torch.__version__ != TORCH_VERSION:

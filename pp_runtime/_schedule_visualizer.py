@@ -1,4 +1,4 @@
-"""torch's picture of an order, each rank's actions in steps; :mod:`pp_runtime.visualize` draws them with real times."""
+"""torch's picture of an order, each rank's actions in steps; :mod:`pp_runtime.pictures` draws them with real times."""
 
 from __future__ import annotations
 
@@ -6,17 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pp_runtime.errors import InvalidOrderError, PipelineTypeError, PipelineUsageError
-from pp_runtime.ir import (
-    BACKWARD_INPUT,
-    BACKWARD_WEIGHT,
-    FORWARD,
-    FULL_BACKWARD,
-    OVERLAP_F_B,
-    Action,
-    ActionType,
-    leaves,
-)
-from pp_runtime.palette import LOOKS
+from pp_runtime.orders import Action, ActionType, ir, leaves
+from pp_runtime.pictures import LOOKS
 from pp_runtime.schedules import (
     PipelineScheduleSingle,
     _add_reduce_grad,
@@ -32,11 +23,11 @@ Rows = list[list[Action | None]]
 
 # In steps: a whole backward is as long as its two halves.
 _WIDTHS: Mapping[ActionType, int] = {
-    FORWARD: 1,
-    BACKWARD_INPUT: 1,
-    BACKWARD_WEIGHT: 1,
-    FULL_BACKWARD: 2,
-    OVERLAP_F_B: 3,
+    ir.FORWARD: 1,
+    ir.BACKWARD_INPUT: 1,
+    ir.BACKWARD_WEIGHT: 1,
+    ir.FULL_BACKWARD: 2,
+    ir.OVERLAP_F_B: 3,
 }
 
 
@@ -153,14 +144,14 @@ def _width(action: Action) -> int:
 def _ready(action: Action, ends: Mapping[OpKey, int], step: int, last_stage: int) -> bool:
     stage, kind, microbatch, _ = action
     makers: tuple[tuple[int, ActionType], ...]
-    if kind is FORWARD:
-        makers = ((stage - 1, FORWARD),) if stage > 0 else ()
-    elif kind is BACKWARD_WEIGHT:
-        makers = ((stage, BACKWARD_INPUT),)
+    if kind is ir.FORWARD:
+        makers = ((stage - 1, ir.FORWARD),) if stage > 0 else ()
+    elif kind is ir.BACKWARD_WEIGHT:
+        makers = ((stage, ir.BACKWARD_INPUT),)
     elif stage < last_stage:
-        makers = ((stage + 1, FULL_BACKWARD), (stage + 1, BACKWARD_INPUT))
+        makers = ((stage + 1, ir.FULL_BACKWARD), (stage + 1, ir.BACKWARD_INPUT))
     else:
-        makers = ((stage, FORWARD),)
+        makers = ((stage, ir.FORWARD),)
     keys = [OpKey(other, maker, microbatch or 0) for other, maker in makers]
     return not keys or any(key in ends and ends[key] <= step for key in keys)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pp_runtime.torch_pipelining import torch_pipelining
+from pp_runtime.splitting import torch_pipelining
 
 
 def __getattr__(name: str) -> Any:

@@ -9,8 +9,8 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pp_runtime.errors import PipeliningMetadataError
-from pp_runtime.schedules.placement import looped, stages_of_rank, v_shaped
-from pp_runtime.special_tensors import is_dtensor
+from pp_runtime.orders import looped, stages_of_rank, v_shaped
+from pp_runtime.running import is_dtensor
 
 if TYPE_CHECKING:
     from torch import fx

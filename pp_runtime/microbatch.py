@@ -7,25 +7,26 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from pp_runtime.batch_values import (
-    Values,
-    check_rows,
-    describe,
-    is_cuttable,
-    is_replicated,
-    let_broadcast,
-)
-from pp_runtime.batch_values import split_tensor as _split_tensor
-from pp_runtime.chunk_specs import (
+from pp_runtime.errors import PipelineTypeError, PipelineUsageError
+from pp_runtime.running import (
     DEFAULT_CHUNK_DIM,
     TensorChunkSpec,
+    Values,
     _CustomReducer,
     _LossReducer,
     _Replicate,
+    check_rows,
+    concatenate_dtensors,
+    describe,
+    is_block_mask,
+    is_cuttable,
+    is_dtensor,
+    is_replicated,
+    let_broadcast,
+    split_block_mask,
     sum_reducer,
 )
-from pp_runtime.errors import PipelineTypeError, PipelineUsageError
-from pp_runtime.special_tensors import concatenate_dtensors, is_block_mask, is_dtensor, split_block_mask
+from pp_runtime.running import split_tensor as _split_tensor
 
 __all__ = [
     "DEFAULT_CHUNK_DIM",

@@ -4,32 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
-from . import _C
-from .chunk_methods import ChunkMethods
-from .data_parallel import DataParallelAdapter, Wrapped
-from .dtensors import DTensorExchange
-from .errors import PipelineModeError, PipelineTypeError, PipelineUsageError
-from .gradients import StepGradients, scale_gradients
-from .groups import remember_group
-from .payload import _normalize_model_output_as_tuple, flatten_output, rebuild_args
-from .refusals import TellsRefusals
-from .stage_copies import CopiedStage
-from .stage_names import TorchStageNames
-from .tied import find_parameter
-
-if TYPE_CHECKING:
-    from .memory_report import Meter
-    from .topology import StageWiring
+from pp_runtime import _C
+from pp_runtime.errors import PipelineModeError, PipelineTypeError, PipelineUsageError
+from pp_runtime.planning import StageWiring, stage_wiring
+from pp_runtime.running import (
+    ChunkMethods,
+    CopiedStage,
+    DataParallelAdapter,
+    DTensorExchange,
+    TellsRefusals,
+    TorchStageNames,
+    Wrapped,
+    _normalize_model_output_as_tuple,
+    base_of_stages,
+    find_parameter,
+    flatten_output,
+    rebuild_args,
+    remember_group,
+    scale_gradients,
+)
 
 __all__ = ["PipelineStage", "_normalize_model_output_as_tuple", "build_stage"]
 
 
+@base_of_stages
 class _PipelineStageBase(ChunkMethods, TorchStageNames, CopiedStage, TellsRefusals):
     """What manual and traced stages have in common.
 
@@ -68,40 +72,24 @@ class _PipelineStageBase(ChunkMethods, TorchStageNames, CopiedStage, TellsRefusa
             )
         remember_group(group)
         self.has_backward = False
-        self.output_chunks: list[Any] = []
-        self.chunks: int | None = None
+        self.output_chunks = []
+        self.chunks = None
         self.log_prefix = f"[Stage {stage_index}]"
         self.stage_index_to_group_rank = {stage: stage % self.group_size for stage in range(num_stages)}
-        self._ties: dict[str, list[str]] = {}
+        self._ties = {}
         self._get_mesh = get_mesh
         self._make_core()
 
     def _make_core(self) -> None:
-        self._tie_owners: dict[str, int] = {}
-        # A loss function that is a module is the model's too; the schedule of the last stage says so.
-        self._loss_modules: tuple[torch.nn.Module, ...] = ()
+        self._tie_owners = {}
+        self._loss_modules = ()
         self._wrapped = Wrapped()
-        self._adapter: DataParallelAdapter | None = None
-        self._meter: Meter | None = None
-        self._gradients: StepGradients | None = None
+        self._adapter = None
+        self._meter = None
+        self._gradients = None
         self._exchange = DTensorExchange(self.stage_index, self._get_mesh)
         self._core = _C.Stage(self.stage_index, self.is_first, self.is_last, self._callbacks())
         self._make_caches()
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the model's first stage."""
-        return self.stage_index == 0
-
-    @property
-    def is_last(self) -> bool:
-        """Whether this is the model's last stage."""
-        return self.stage_index == self.num_stages - 1
-
-    @property
-    def wiring(self) -> StageWiring | None:
-        """Which outputs of which stages are this one's inputs; None for a chain, where all outputs go to the next."""
-        return None
 
     # What the runtime uses
 
@@ -117,18 +105,6 @@ class _PipelineStageBase(ChunkMethods, TorchStageNames, CopiedStage, TellsRefusa
         names = self._ties.setdefault(str(label), [])
         if parameter not in names:
             names.append(parameter)
-
-    def tied_parameters(self) -> tuple[tuple[tuple[int, str], ...], ...]:
-        """The parameters that a trace found in several stages, each as (stage, name) pairs; none of a manual stage."""
-        return ()
-
-    def modules(self) -> tuple[torch.nn.Module, ...]:
-        """The modules whose parameters this stage trains: its part of the model, and a loss function that is one."""
-        return (self.submod, *self._loss_modules)
-
-    def adapter(self) -> DataParallelAdapter | None:
-        """How this stage's gradients are reduced, where its module was wrapped for data parallelism when last seen."""
-        return self._adapter
 
     def refresh(self) -> None:
         """See what a program did to this stage since the last step: wrapped, unwrapped or replaced its module."""
@@ -232,8 +208,6 @@ class _PipelineStage(_PipelineStageBase):
         device: torch.device,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        from .topology import stage_wiring
-
         self._wiring = stage_wiring(pipe_info, stage_index)
         self.pipe_info = pipe_info
         super().__init__(stage_module, stage_index, pipe_info.num_stages, device, group)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tests import ranks
-from tests.pipelines import EVERY_SCHEDULE
-from tests.test_compositions import KINDS, SCALINGS, _compare
+from tests.helpers import ranks
+from tests.helpers.pipelines import EVERY_SCHEDULE
+from tests.schedules.test_compositions import KINDS, SCALINGS, _compare
 
 
 def _cells(rank: int, schedule: str) -> dict[str, list[str]]:

@@ -18,9 +18,9 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests import ranks
-from tests.faults import DEADLINE, HELD_UP, LOST, SURVIVED, Fault, Seen, complaints, draw, play_all, play_one
-from tests.pipelines import EVERY_SCHEDULE
+from tests.helpers import ranks
+from tests.helpers.faults import DEADLINE, HELD_UP, LOST, SURVIVED, Fault, Seen, complaints, draw, play_all, play_one
+from tests.helpers.pipelines import EVERY_SCHEDULE
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "faults.md"
 SETTINGS = [(2, "auto"), (4, "auto"), (2, "c10d"), (4, "c10d")]

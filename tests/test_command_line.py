@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from pp_runtime.__main__ import main
-from pp_runtime.csv_files import dump_order, load_order
-from pp_runtime.ir import from_torch_form, to_torch_form
-from pp_runtime.passes.communication import insert_communication
-from pp_runtime.schedules.catalogue import ORDERS, build_order
-from pp_runtime.simulate import simulate
-from pp_runtime.traces import write_chrome
+from pp_runtime.orders.catalogue import ORDERS, build_order
+from pp_runtime.orders.csv_files import dump_order, load_order
+from pp_runtime.orders.ir import from_torch_form, to_torch_form
+from pp_runtime.pictures.perfetto import write_chrome
+from pp_runtime.planning.passes.communication import insert_communication
+from pp_runtime.timing.simulation import simulate
 
 SETTING = ["--ranks", "4", "--microbatches", "8"]
 

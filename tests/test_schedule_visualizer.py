@@ -9,8 +9,8 @@ import pytest
 
 from pp_runtime import _schedule_visualizer as ours
 from pp_runtime.errors import InvalidOrderError, PipelineUsageError
-from pp_runtime.schedules import Schedule1F1B, _Action
-from pp_runtime.schedules.catalogue import ORDERS, build_order
+from pp_runtime.orders.catalogue import ORDERS, build_order
+from pp_runtime.schedules import FORWARD, Schedule1F1B, _Action
 
 theirs = pytest.importorskip("torch.distributed.pipelining._schedule_visualizer")
 
@@ -96,5 +96,5 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
 
 
 def test_a_key_names_what_a_stage_does_with_a_microbatch() -> None:
-    key = ours.OpKey(1, ours.FORWARD, 2)
+    key = ours.OpKey(1, FORWARD, 2)
     assert tuple(key) == tuple(theirs.OpKey(1, theirs._ComputationType.FORWARD, 2))

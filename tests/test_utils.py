@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from pp_runtime import _debug, _utils
 from pp_runtime.errors import PipelineError, StageOutputError
-from tests import ranks
+from tests.helpers import ranks
 
 torch_utils = pytest.importorskip("torch.distributed.pipelining._utils")
 torch_debug = pytest.importorskip("torch.distributed.pipelining._debug")

@@ -15,7 +15,7 @@ using torch::autograd::Node;
 
 namespace {
 
-py::object helper(const char* name) { return py::module_::import("pp_runtime._checkpointing").attr(name); }
+py::object helper(const char* name) { return py::module_::import("pp_runtime.running.stages.checkpointing").attr(name); }
 
 edge_list edges_of(const std::vector<at::Tensor>& tensors) {
   edge_list edges;

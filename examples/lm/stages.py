@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from pp_runtime import PipelineStage
-from pp_runtime.schedules.catalogue import ORDERS
-from pp_runtime.schedules.placement import stages_of_rank
+from pp_runtime.orders.catalogue import ORDERS
+from pp_runtime.orders.placement import stages_of_rank
 
 from .model import LanguageModel, ModelConfig
 

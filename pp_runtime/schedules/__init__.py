@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pp_runtime.ir import (
+from pp_runtime.microbatch import TensorChunkSpec
+from pp_runtime.orders.ir import (
     BACKWARD_INPUT,
     BACKWARD_WEIGHT,
     FORWARD,
@@ -18,7 +19,6 @@ from pp_runtime.ir import (
     _Action,
     _ComputationType,
 )
-from pp_runtime.microbatch import TensorChunkSpec
 from pp_runtime.schedules.auto_schedule import ScheduleAuto
 from pp_runtime.schedules.base import _PipelineSchedule
 from pp_runtime.schedules.custom_context import _CustomFunctionProtocol, _PipelineContext
@@ -40,31 +40,27 @@ from pp_runtime.schedules.named import (
 from pp_runtime.schedules.registry import get_schedule_class
 from pp_runtime.schedules.runtime_schedule import _PipelineScheduleRuntime
 from pp_runtime.schedules.single import PipelineScheduleSingle
-from pp_runtime.schedules.torch_names import (
+from pp_runtime.schedules.torch_forms import (
     _TARGET_CHUNK_SPEC,
     B,
     F,
     I,
     W,
-    _batch_p2p,
-    _check_torch_compile_compatibility,
-    _sorted_batch_p2p,
-    _wait_batch_p2p,
-)
-from pp_runtime.schedules.torch_passes import (
     _add_reduce_grad,
     _add_send_recv,
     _add_unshard_reshard,
+    _batch_p2p,
+    _check_torch_compile_compatibility,
     _defer_recv_ops,
-    _merge_bw,
-    _requires_reduce_grad,
-    _validate_schedule,
-)
-from pp_runtime.schedules.torch_steps import (
     _dump_chrometrace,
     _format_pipeline_order,
     _get_profiler_function_name,
+    _merge_bw,
+    _requires_reduce_grad,
     _simulate_comms_compute,
+    _sorted_batch_p2p,
+    _validate_schedule,
+    _wait_batch_p2p,
 )
 
 __all__ = [

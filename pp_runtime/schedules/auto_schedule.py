@@ -6,22 +6,21 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pp_runtime.errors import PipelineUsageError
-from pp_runtime.ir import Order, Placement
 from pp_runtime.microbatch import TensorChunkSpec
-from pp_runtime.schedules.placement import looped
+from pp_runtime.orders import Order, Placement, looped
 from pp_runtime.schedules.runtime_schedule import _PipelineScheduleRuntime
 
 if TYPE_CHECKING:
-    from pp_runtime.costs import Costs
     from pp_runtime.stage import _PipelineStageBase
+    from pp_runtime.timing import Costs
 
 
 class ScheduleAuto(_PipelineScheduleRuntime):
     """Searches for the shortest order under the given costs and memory.
 
-    ``costs`` are the times of F, I, W, B and transfers, given or measured (:class:`pp_runtime.costs.Costs`); all ranks
+    ``costs`` are the times of F, I, W, B and transfers, given or measured (:class:`pp_runtime.timing.Costs`); all ranks
     must pass the same ones. ``memory_cap`` is the most activations that a rank may hold at once, None for no cap.
-    ``placement[stage]`` is the rank of each stage: looped if not given; ``pp_runtime.schedules.placement.v_shaped``
+    ``placement[stage]`` is the rank of each stage: looped if not given; ``pp_runtime.orders.v_shaped``
     gives the other common one.
     """
 
@@ -60,7 +59,7 @@ class ScheduleAuto(_PipelineScheduleRuntime):
         """The search takes longer than the order is large, so the order is kept."""
 
     def _build_order(self) -> tuple[Order, Placement]:
-        from pp_runtime.schedules.auto import auto
+        from pp_runtime.planning import auto
 
         ranks, stages = self.pp_group_size, self._num_stages
         if self._wanted_placement is None:

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from pp_runtime.deadline import checked_deadline, default_deadline
 from pp_runtime.errors import PipelineModeError, PipelineTypeError, PipelineUsageError
-from pp_runtime.gradients import StepGradients
-from pp_runtime.ir import FORWARD, REDUCE_GRAD, ActionType
 from pp_runtime.microbatch import TensorChunkSpec
-from pp_runtime.refusals import TellsRefusals, refuse_for
+from pp_runtime.orders import ActionType, ir
+from pp_runtime.running import StepGradients, TellsRefusals, checked_deadline, default_deadline, refuse_for, ties_of
 from pp_runtime.schedules.batches import BatchHandling
 from pp_runtime.schedules.checks import (
     check_chunk_spec,
@@ -28,14 +26,12 @@ from pp_runtime.schedules.custom_functions import CustomFunctions
 from pp_runtime.schedules.initialization import StageInitialization
 from pp_runtime.schedules.order_holder import OrderHolder, has_backwards
 from pp_runtime.schedules.replaced_methods import method_handlers, modules_of
-from pp_runtime.tied import ties_of
 
 if TYPE_CHECKING:
-    from pp_runtime.lowering import MethodHandler
-    from pp_runtime.memory_report import MemoryReport, Signature
-    from pp_runtime.runtime import Runtime
+    from pp_runtime.planning import MemoryReport, MethodHandler
+    from pp_runtime.running import Runtime, Signature
     from pp_runtime.stage import _PipelineStageBase
-    from pp_runtime.timeline import Timeline
+    from pp_runtime.timing import Timeline
 
 
 class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitialization, TellsRefusals, ABC):
@@ -200,12 +196,12 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitia
     def _gradients_of_step(self) -> StepGradients | None:
         """What tells the gradients of this step from those of steps before; None where nobody needs to."""
         divides = self.scale_grads and self._n_microbatches > 1
-        if divides or REDUCE_GRAD in self._comp_type_to_function_map or any(map(ties_of, self._stages)):
+        if divides or ir.REDUCE_GRAD in self._comp_type_to_function_map or any(map(ties_of, self._stages)):
             return StepGradients(self._stages)
         return None
 
     def _finish_gradients(self, gradients: StepGradients) -> None:
-        if REDUCE_GRAD in self._comp_type_to_function_map:
+        if ir.REDUCE_GRAD in self._comp_type_to_function_map:
             gradients.end(None)
             return
         divisor = self._n_microbatches if self.scale_grads else 1
@@ -241,7 +237,7 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitia
 
     def _ensure_runtime(self) -> Runtime:
         if self._runtime is None:
-            from pp_runtime.runtime import Runtime
+            from pp_runtime.running import Runtime
 
             check_stages_can_run(self._stages)
             order, with_comms = self._order_to_run()
@@ -301,7 +297,7 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitia
                 "a loss was asked for but there is no loss_fn: pass loss_fn when making the schedule"
             )
         wants_loss = self._has_backward or losses is not None
-        if wants_loss and target_mbs is None and FORWARD not in self._comp_type_to_function_map:
+        if wants_loss and target_mbs is None and ir.FORWARD not in self._comp_type_to_function_map:
             raise PipelineUsageError(
                 "the last stage is on this rank, so the loss needs a target: call step(..., target=...) here"
             )

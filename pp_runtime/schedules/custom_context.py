@@ -5,35 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from pp_runtime.errors import PipelineUsageError
-from pp_runtime.ir import (
-    BACKWARD_INPUT,
-    BACKWARD_WEIGHT,
-    FORWARD,
-    FULL_BACKWARD,
-    OVERLAP_F_B,
-    REDUCE_GRAD,
-    RESHARD,
-    UNSHARD,
-    Action,
-    ActionType,
-    leaves,
-)
-
-if TYPE_CHECKING:
-    from pp_runtime.schedules.base import _PipelineSchedule
+from pp_runtime.orders import Action, ActionType, ir, leaves
 
 CUSTOM_TYPES = (
-    FORWARD,
-    FULL_BACKWARD,
-    BACKWARD_INPUT,
-    BACKWARD_WEIGHT,
-    OVERLAP_F_B,
-    UNSHARD,
-    RESHARD,
-    REDUCE_GRAD,
+    ir.FORWARD,
+    ir.FULL_BACKWARD,
+    ir.BACKWARD_INPUT,
+    ir.BACKWARD_WEIGHT,
+    ir.OVERLAP_F_B,
+    ir.UNSHARD,
+    ir.RESHARD,
+    ir.REDUCE_GRAD,
 )
 
 
@@ -41,7 +26,7 @@ CUSTOM_TYPES = (
 class _PipelineContext:
     """The step that a handler runs in."""
 
-    schedule_ref: _PipelineSchedule
+    schedule_ref: Any  # the schedule itself
     arg_mbs: list[tuple] | None = None
     kwarg_mbs: list[dict] | None = None
     target_mbs: list | None = None
@@ -93,7 +78,7 @@ def backwards_before_each_action(actions: Sequence[Action]) -> dict[Action, Coun
         if action.is_compute_op:
             before[action] = Counter(counts)
         for part in leaves((action,)):
-            if part.computation_type in (FULL_BACKWARD, BACKWARD_WEIGHT):
+            if part.computation_type in (ir.FULL_BACKWARD, ir.BACKWARD_WEIGHT):
                 counts[part.stage_index] += 1
     return before
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pp_runtime.errors import PipelineModeError, PipelineTypeError
-from pp_runtime.ir import FORWARD, Action, ActionType, leaves
+from pp_runtime.orders import Action, ActionType, ir, leaves
 from pp_runtime.schedules.custom_context import CurrentStep, _CustomFunctionProtocol, check_custom_type
 from pp_runtime.schedules.step_losses import StepLosses
 
@@ -94,7 +94,7 @@ class CustomFunctions:
         None also if the runtime ran the forward: it then holds the loss, and ``backward_one_chunk`` starts from it.
         """
         loss = self._step_losses.of(mb_index) if stage.is_last else None
-        if loss is None and stage.is_last and self._internal_losses and FORWARD in self._comp_type_to_function_map:
+        if loss is None and stage.is_last and self._internal_losses and ir.FORWARD in self._comp_type_to_function_map:
             raise PipelineModeError(
                 f"the loss of microbatch {mb_index} is not available: {len(self._internal_losses)} losses have been "
                 "computed in this step, by custom forwards of other microbatches"
@@ -105,7 +105,7 @@ class CustomFunctions:
         """After a custom function: losses that it appended to ``_internal_losses`` are those of its forwards."""
         last = next((stage for stage in self._stages if stage.is_last), None)
         if last is not None:
-            forwards = [part for part in leaves((action,)) if part.computation_type is FORWARD]
+            forwards = [part for part in leaves((action,)) if part.computation_type is ir.FORWARD]
             mine = [part.microbatch_index or 0 for part in forwards if part.stage_index == last.stage_index]
             for microbatch, loss in self._step_losses.claim(mine):
                 self._begin_backward_at(last, microbatch, loss)

@@ -7,14 +7,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pp_runtime.ir import Action, Order, Placement, from_torch_form, to_torch_form
 from pp_runtime.microbatch import TensorChunkSpec
+from pp_runtime.orders import Action, Order, Placement, build_order, from_torch_form, looped, named_order, to_torch_form
 from pp_runtime.schedules.base import _PipelineSchedule
-from pp_runtime.schedules.catalogue import build_order, named_order
 from pp_runtime.schedules.checks import check_stages
 from pp_runtime.schedules.order_holder import TorchOrder, has_backwards
-from pp_runtime.schedules.placement import looped
-from pp_runtime.schedules.torch_passes import proved_placement
+from pp_runtime.schedules.torch_forms import proved_placement
 
 if TYPE_CHECKING:
     from pp_runtime.stage import _PipelineStageBase

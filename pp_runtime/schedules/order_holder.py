@@ -5,21 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from pp_runtime.csv_files import FileFormat, dump_order, load_order
 from pp_runtime.errors import InvalidOrderError, PipelineModeError, PipelineUsageError
-from pp_runtime.ir import (
-    BACKWARD_INPUT,
-    BACKWARD_WEIGHT,
-    FULL_BACKWARD,
+from pp_runtime.orders import (
     Action,
+    FileFormat,
     Order,
     Placement,
+    dump_order,
     from_torch_form,
+    ir,
     leaves,
+    load_order,
     placement_of,
     to_torch_form,
 )
-from pp_runtime.refusals import refusals_of
+from pp_runtime.planning import (
+    defer_receives,
+    insert_communication,
+    insert_reduce_grad,
+    insert_unshard,
+    verify,
+    verify_communication,
+)
+from pp_runtime.running import refusals_of
 
 if TYPE_CHECKING:
     from pp_runtime.stage import _PipelineStageBase
@@ -67,10 +75,6 @@ class OrderHolder:
     @property
     def pipeline_order_with_comms(self) -> dict[int, list[Action]]:
         """Each rank's actions with sends, receives, unshards, reshards and gradient reductions."""
-        from pp_runtime.passes.communication import insert_communication
-        from pp_runtime.passes.data_parallel import insert_reduce_grad, insert_unshard
-        from pp_runtime.passes.defer import defer_receives
-
         if self._given_with_comms is not None:
             return {rank: list(actions) for rank, actions in self._given_with_comms.items()}
         order, _ = self._order_to_run()
@@ -131,8 +135,6 @@ class OrderHolder:
 
     def _prove(self, order: Order, *, with_comms: bool) -> None:
         """Raise unless the order is complete and free of deadlock; else take its placement of the stages."""
-        from pp_runtime.verify import verify, verify_communication
-
         stages, group_size = self._stages[0].num_stages, self._stages[0].group_size
         try:
             placement = placement_of(order)
@@ -186,5 +188,5 @@ def _check_format(format: str) -> None:
 
 def has_backwards(rows: Iterable[Iterable[Action]]) -> bool:
     """Whether any of some ranks' actions is a backward."""
-    backwards = (FULL_BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT)
+    backwards = (ir.FULL_BACKWARD, ir.BACKWARD_INPUT, ir.BACKWARD_WEIGHT)
     return any(action.computation_type in backwards for row in rows for action in leaves(row))

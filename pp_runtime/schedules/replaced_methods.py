@@ -8,20 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pp_runtime.errors import PipelineUsageError
-from pp_runtime.ir import (
-    BACKWARD_INPUT,
-    BACKWARD_WEIGHT,
-    FORWARD,
-    FULL_BACKWARD,
-    REDUCE_GRAD,
-    Action,
-    ActionType,
-)
-from pp_runtime.schedules.custom_context import CurrentStep
+from pp_runtime.orders import Action, ActionType, ir
+from pp_runtime.schedules.custom_context import CurrentStep, _PipelineContext
 
 if TYPE_CHECKING:
-    from pp_runtime.lowering import MethodHandler
-    from pp_runtime.schedules.base import _PipelineSchedule
+    from pp_runtime.planning import MethodHandler
     from pp_runtime.stage import _PipelineStageBase
 
 
@@ -34,12 +25,12 @@ def method_handlers(
     """
     handlers: dict[ActionType, MethodHandler] = {}
     if computes_loss or replaced.difference(("scale_grads", "perform_reduce_grad")):
-        handlers[FORWARD] = partial(_forward, step, stage)
-        handlers[FULL_BACKWARD] = partial(_backward, step, stage, full=True)
-        handlers[BACKWARD_INPUT] = partial(_backward, step, stage, full=False)
-        handlers[BACKWARD_WEIGHT] = partial(_weight_backward, stage)
+        handlers[ir.FORWARD] = partial(_forward, step, stage)
+        handlers[ir.FULL_BACKWARD] = partial(_backward, step, stage, full=True)
+        handlers[ir.BACKWARD_INPUT] = partial(_backward, step, stage, full=False)
+        handlers[ir.BACKWARD_WEIGHT] = partial(_weight_backward, stage)
     if "perform_reduce_grad" in replaced:
-        handlers[REDUCE_GRAD] = partial(_reduce, step, stage)
+        handlers[ir.REDUCE_GRAD] = partial(_reduce, step, stage)
     return handlers
 
 
@@ -78,7 +69,7 @@ def _reduce(step: CurrentStep, stage: _PipelineStageBase, action: Action, last: 
     stage.perform_reduce_grad(schedule._n_microbatches if schedule.scale_grads else 1)
 
 
-def _running(step: CurrentStep, action: Action) -> tuple[Any, _PipelineSchedule]:
+def _running(step: CurrentStep, action: Action) -> tuple[_PipelineContext, Any]:
     if step.context is None:
         raise PipelineUsageError(f"the stage's method for {action} was called outside of a step")
     return step.context, step.context.schedule_ref

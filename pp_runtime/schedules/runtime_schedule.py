@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pp_runtime.csv_files import FileFormat
+from pp_runtime.orders import FileFormat
 from pp_runtime.schedules.multi import PipelineScheduleMulti
 from pp_runtime.schedules.order_holder import TorchOrder
-from pp_runtime.schedules.torch_steps import _simulate_comms_compute
+from pp_runtime.schedules.torch_forms import _simulate_comms_compute
 
 
 class _AllDone(dict):

@@ -7,11 +7,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pp_runtime.errors import PipelineUsageError
-from pp_runtime.ir import Action, Order
 from pp_runtime.microbatch import TensorChunkSpec
-from pp_runtime.passes.data_parallel import insert_reduce_grad
+from pp_runtime.orders import Action, Order, build_order, named_order
+from pp_runtime.planning import insert_reduce_grad
 from pp_runtime.schedules.base import _PipelineSchedule
-from pp_runtime.schedules.catalogue import build_order, named_order
 from pp_runtime.schedules.checks import check_stage
 from pp_runtime.schedules.order_holder import TorchOrder
 

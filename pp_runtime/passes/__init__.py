@@ -1,1 +1,0 @@
-"""Pure functions from orders to orders, one a file."""

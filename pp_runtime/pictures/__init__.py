@@ -1,0 +1,21 @@
+"""Spans of time as pictures: in the terminal, by matplotlib, as an HTML page, for Perfetto."""
+
+from __future__ import annotations
+
+from pp_runtime.pictures.html_page import write_html
+from pp_runtime.pictures.palette import LOOKS
+from pp_runtime.pictures.perfetto import read_chrome, write_chrome
+from pp_runtime.pictures.spans import Span, Spans
+from pp_runtime.pictures.text_picture import text_picture
+from pp_runtime.pictures.visualize import draw
+
+__all__ = [
+    "LOOKS",
+    "Span",
+    "Spans",
+    "draw",
+    "read_chrome",
+    "text_picture",
+    "write_chrome",
+    "write_html",
+]

@@ -1,0 +1,76 @@
+"""Timelines as Chrome trace JSON, which ui.perfetto.dev and chrome://tracing open."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pp_runtime.orders import Action, leaves
+from pp_runtime.pictures.spans import Span, Spans
+
+
+def write_chrome(path: str | Path, timelines: Mapping[str, Spans], microseconds: float = 1e6) -> None:
+    """Write named timelines beside each other: one process a timeline, one thread a rank.
+
+    ``microseconds`` is how many microseconds one unit of the spans becomes: 1e6 for seconds.
+    """
+    with open(path, "w", encoding="utf-8") as file:
+        file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
+        separator = ""
+        for process, (name, timeline) in enumerate(timelines.items()):
+            for event in _events(process, name, timeline.from_zero(), microseconds):
+                file.write(separator + json.dumps(event, separators=(",", ":")))
+                separator = ",\n"
+        file.write(f'\n],"otherData":{{"microseconds_a_unit":{microseconds!r}}}}}\n')
+
+
+def read_chrome(path: str | Path) -> Spans:
+    """The first timeline of a file that :func:`write_chrome` wrote; ValueError for other files."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            content = json.load(file)
+            scale = float(content.get("otherData", {}).get("microseconds_a_unit", 1e6))
+            events = [event for event in content["traceEvents"] if event.get("ph") == "X" and event.get("pid") == 0]
+            return Spans(
+                tuple(
+                    Span(
+                        int(event["tid"]),
+                        str(event["args"]["action"]),
+                        event["ts"] / scale,
+                        (event["ts"] + event["dur"]) / scale,
+                        event["args"].get("waited_us", 0.0) / scale,
+                    )
+                    for event in events
+                )
+            )
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a trace that pp_runtime wrote: {error!r}.") from None
+
+
+def _events(process: int, name: str, timeline: Spans, scale: float) -> Iterator[dict[str, Any]]:
+    yield {"ph": "M", "pid": process, "name": "process_name", "args": {"name": name}}
+    yield {"ph": "M", "pid": process, "name": "process_sort_index", "args": {"sort_index": process}}
+    for rank in timeline.ranks:
+        label = {"pid": process, "tid": rank}
+        yield {"ph": "M", **label, "name": "thread_name", "args": {"name": f"rank {rank}"}}
+        yield {"ph": "M", **label, "name": "thread_sort_index", "args": {"sort_index": rank}}
+    for span in timeline.spans:
+        yield {
+            "ph": "X",
+            "pid": process,
+            "tid": span.rank,
+            "ts": span.start * scale,
+            "dur": (span.end - span.start) * scale,
+            "name": span.action,
+            "cat": span.kind,
+            "args": {"action": span.action, "waited_us": span.waited * scale, **_facts(span.parsed())},
+        }
+
+
+def _facts(action: Action) -> dict[str, Any]:
+    parts = list(leaves([action]))
+    if action.sub_actions is not None:
+        return {"stages": [part.stage_index for part in parts], "microbatches": [p.microbatch_index for p in parts]}
+    return {"stage": action.stage_index, "microbatch": action.microbatch_index}

@@ -1,0 +1,138 @@
+"""The communicators that an accelerator's channels send through, all made before the first step.
+
+A communicator does its sends and receives one after another, on both ends in one sequence. NCCL gives two ranks one
+communicator, so an activation on its way one way would stand before a gradient on its way back, which its receiver
+waits for. So a channel has one of its own; ``PP_RUNTIME_COMMUNICATORS`` chooses fewer, which take less memory:
+
+edge        one a channel: an edge and a direction (the default)
+direction   one for all activations from one rank to another, one for all gradients
+shared      the process group's own
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pp_runtime.errors import PipelineUsageError
+from pp_runtime.orders import Edge, Order, Placement, ir
+from pp_runtime.planning import Channel
+from pp_runtime.running.agreement import group_or_world
+
+KINDS = ("edge", "direction", "shared")
+
+Key = tuple[int, ...]
+Message = tuple[int, int, bool, int | None]
+
+
+def chosen_communicators() -> str:
+    """What the environment variable PP_RUNTIME_COMMUNICATORS asks for: edge (also when unset), direction or shared."""
+    chosen = os.environ.get("PP_RUNTIME_COMMUNICATORS", "edge")
+    if chosen not in KINDS:
+        raise PipelineUsageError(f"PP_RUNTIME_COMMUNICATORS is {chosen!r}: choose one of {', '.join(KINDS)}")
+    return chosen
+
+
+def key_of(kind: str, channel: Channel) -> Key:
+    """Channels with the same key share a communicator. Keys sort alike on every rank."""
+    if kind == "edge":
+        return (channel.source, channel.destination, int(channel.backward))
+    if kind == "direction":
+        return (channel.sender, channel.receiver, int(channel.backward))
+    return (min(channel.sender, channel.receiver), max(channel.sender, channel.receiver))
+
+
+class Communicators:
+    """Makes this rank's communicators, in the one order in which every rank makes its own.
+
+    ``serial`` tells the runtimes of one group apart. A communicator connects at its first message, and waits for its
+    peer meanwhile; so each carries one here, where all ranks come to them in the same order.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup | None, device: torch.device, serial: int, rank: int, channels: Iterable[Channel]
+    ) -> None:
+        self._kind = chosen_communicators()
+        self._rank = rank
+        self._group = group_or_world(group)
+        self._own = self._group._get_backend(device)
+        self._made: dict[Key, Any] = {}
+        for key, channel in sorted({key_of(self._kind, channel): channel for channel in channels}.items()):
+            self._made[key] = self._make(f"pp_runtime/{serial}/communicator/{'-'.join(map(str, key))}", channel)
+            self._meet(key, channel, device)
+
+    def of(self, channel: Channel) -> Any:
+        """The backend that carries the channel."""
+        return self._made[key_of(self._kind, channel)]
+
+    def peer(self, channel: Channel) -> int:
+        """The other end's rank in that backend."""
+        other = channel.receiver if self._rank == channel.sender else channel.sender
+        return other if self._kind == "shared" else int(other > self._rank)
+
+    @property
+    def owned(self) -> bool:
+        """Whether they were made here, and not given."""
+        return self._kind != "shared"
+
+    def _make(self, name: str, channel: Channel) -> Any:
+        if self._kind == "shared":
+            return self._own
+        store: Any = dist.distributed_c10d._get_process_group_store(self._group)
+        prefixed = dist.PrefixStore(name, store.clone())
+        pair = sorted((channel.sender, channel.receiver))
+        own_rank = pair.index(self._rank)
+        backend = self._own.name()
+        if backend == "nccl":
+            options: Any = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            options.group_name = name
+            options.global_ranks_in_group = [dist.get_global_rank(self._group, rank) for rank in pair]
+            return dist.ProcessGroupNCCL(prefixed, own_rank, 2, options)
+        if backend == "gloo":
+            return dist.ProcessGroupGloo(prefixed, own_rank, 2, dist.distributed_c10d.default_pg_timeout)
+        raise PipelineUsageError(
+            f"pp_runtime does not know how to make communicators of the backend {backend!r}: "
+            "set PP_RUNTIME_COMMUNICATORS=shared"
+        )
+
+    def _meet(self, key: Key, channel: Channel, device: torch.device) -> None:
+        word = torch.zeros(1, device=device)
+        # Of a shared pair's channels each rank may have come upon another; the lower rank sends.
+        sends = self._rank == (key[0] if self._kind == "shared" else channel.sender)
+        backend = self._made[key]
+        work = (backend.send if sends else backend.recv)([word], self.peer(channel), 0)
+        work.wait()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+
+def check_sequences(order_with_comms: Order, placement: Placement, edges: Sequence[Edge], kind: str) -> None:
+    """Raise PipelineUsageError where two ranks would use a communicator of this kind in different sequences."""
+    if kind == "edge":
+        return  # verified for every order
+    sequences: dict[Key, dict[int, list[Message]]] = {}
+    for rank, actions in order_with_comms.items():
+        for stage, action, microbatch, _ in actions:
+            if action not in (ir.SEND_F, ir.RECV_F, ir.SEND_B, ir.RECV_B):
+                continue
+            backward = action in (ir.SEND_B, ir.RECV_B)
+            leaves = action in (ir.SEND_F, ir.RECV_B)
+            for edge in edges:
+                ends = placement[edge.source], placement[edge.destination]
+                if (edge.source if leaves else edge.destination) != stage or ends[0] == ends[1]:
+                    continue
+                sender, receiver = reversed(ends) if backward else ends
+                key = key_of(kind, Channel(edge.source, edge.destination, backward, sender, receiver))
+                message = (edge.source, edge.destination, backward, microbatch)
+                sequences.setdefault(key, {}).setdefault(rank, []).append(message)
+    for ends_of in sequences.values():
+        (rank, ours), (other, theirs) = ends_of.items()
+        if ours != theirs:
+            raise PipelineUsageError(
+                f"PP_RUNTIME_COMMUNICATORS={kind}: ranks {rank} and {other} send and receive in different sequences in "
+                "this schedule, which would deadlock in one communicator: choose 'edge'"
+            )
