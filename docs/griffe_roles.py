@@ -27,6 +27,9 @@ class Roles(griffe.Extension):
 def _link(obj: griffe.Object, name: str) -> str:
     if name.startswith(f"{_PACKAGE}."):
         return f"[`{name.rpartition('.')[2]}`][{name}]"
+    if name.startswith("."):
+        room = obj.module.parent or obj.package
+        return f"[`{name.removeprefix('.')}`][{room.path}{name}]"
     first, dot, rest = name.partition(".")
     try:
         path = obj.resolve(first)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from pp_runtime.__main__ import main as command_line
-from tests import ranks
 from tests.docs.pages import PAGES, ROOT, Block, blocks, commands, text_of
+from tests.helpers import ranks
 
 WITH_RANKS = sorted(
     {(block.page, block.ranks) for page in PAGES for block in blocks(page) if block.ranks and not block.name}

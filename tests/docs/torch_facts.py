@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests import ranks
+from tests.helpers import ranks
 
 TORCH, OURS = "torch.distributed.pipelining", "pp_runtime"
 CPU = torch.device("cpu")
