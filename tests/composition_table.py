@@ -11,14 +11,14 @@ import torch.distributed as dist
 
 from tests.helpers import ranks
 from tests.helpers.pipelines import EVERY_SCHEDULE
-from tests.schedules.test_compositions import KINDS, SCALINGS, _compare
+from tests.helpers.wrapped_models import KINDS, SCALINGS, compare_with_plain
 
 
 def _cells(rank: int, schedule: str) -> dict[str, list[str]]:
     """For each kind, the scalings with which some rank's gradients are not the plain model's."""
     cells: dict[str, list[str]] = {}
     for kind in KINDS:
-        differing = [scaling for scaling in SCALINGS if _compare(rank, schedule, kind, scaling)]
+        differing = [scaling for scaling in SCALINGS if compare_with_plain(rank, schedule, kind, scaling)]
         everybody: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everybody, differing)
         cells[kind] = sorted({scaling for each in everybody for scaling in each})

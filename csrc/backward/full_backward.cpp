@@ -1,4 +1,4 @@
-#include "full_backward.h"
+#include "backward/full_backward.h"
 
 #include <torch/csrc/autograd/engine.h>
 

@@ -4,7 +4,8 @@
 
 namespace pp_runtime {
 
-using NodePtr = decltype(torch::autograd::Edge::function);
+/// How torch owns its nodes.
+using NodePointer = decltype(torch::autograd::Edge::function);
 
 /// Where a backward begins: gradients and the edges they enter the graph by. A root without gradient is not listed.
 struct Roots {

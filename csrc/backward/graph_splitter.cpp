@@ -1,13 +1,13 @@
-#include "graph_splitter.h"
+#include "backward/graph_splitter.h"
+
+#include "backward/python_nodes.h"
+#include "backward/weight_products.h"
 
 #include <torch/csrc/autograd/functions/tensor.h>
 
 #include <algorithm>
 #include <typeinfo>
 #include <utility>
-
-#include "python_nodes.h"
-#include "weight_products.h"
 
 namespace pp_runtime {
 

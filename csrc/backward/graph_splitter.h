@@ -1,12 +1,12 @@
 #pragma once
 
+#include "backward/half_nodes.h"
+#include "backward/recompute_node.h"
+
 #include <c10/util/flat_hash_map.h>
 
 #include <utility>
 #include <vector>
-
-#include "half_nodes.h"
-#include "recompute_node.h"
 
 namespace pp_runtime {
 

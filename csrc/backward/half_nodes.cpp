@@ -1,4 +1,7 @@
-#include "half_nodes.h"
+#include "backward/half_nodes.h"
+
+#include "backward/leaf_paths.h"
+#include "backward/weight_products.h"
 
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/engine.h>
@@ -7,9 +10,6 @@
 #include <algorithm>
 #include <limits>
 #include <utility>
-
-#include "leaf_paths.h"
-#include "weight_products.h"
 
 namespace pp_runtime {
 
@@ -68,7 +68,7 @@ void HalfNode::follow_own_paths(variable_list& gradients) const {
   }
 }
 
-SplitNode::SplitNode(NodePtr whole, const WeightProduct& product, edge_list input_edges, edge_list weight_edges)
+SplitNode::SplitNode(NodePointer whole, const WeightProduct& product, edge_list input_edges, edge_list weight_edges)
     : HalfNode(whole->sequence_nr(), edge_list(input_edges)),
       whole_(std::move(whole)),
       product_(product),
@@ -152,7 +152,7 @@ variable_list HalvesNode::apply(variable_list&&) {
 
 std::string HalvesNode::name() const { return "pp_runtime::HalvesNode"; }
 
-CaptureNode::CaptureNode(NodePtr captured)
+CaptureNode::CaptureNode(NodePointer captured)
     : Node(captured->sequence_nr()), captured_(std::move(captured)), gradients_(captured_->num_inputs()) {
   for (size_t i = 0; i < captured_->num_inputs(); ++i) {
     input_metadata_.emplace_back(captured_->input_metadata(i));

@@ -1,10 +1,10 @@
 #pragma once
 
+#include "backward/graph.h"
+
 #include <cstdint>
 #include <string>
 #include <vector>
-
-#include "graph.h"
 
 namespace pp_runtime {
 
@@ -53,7 +53,7 @@ class HalfNode : public torch::autograd::Node {
 ///       x      w                 x                                       w
 class SplitNode final : public HalfNode {
  public:
-  SplitNode(NodePtr whole, const WeightProduct& product, torch::autograd::edge_list input_edges,
+  SplitNode(NodePointer whole, const WeightProduct& product, torch::autograd::edge_list input_edges,
             torch::autograd::edge_list weight_edges);
 
   torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override;
@@ -65,7 +65,7 @@ class SplitNode final : public HalfNode {
   torch::autograd::Node* whole() const { return whole_.get(); }
 
  private:
-  const NodePtr whole_;
+  const NodePointer whole_;
   const WeightProduct& product_;
   torch::autograd::edge_list weight_edges_;
   torch::autograd::variable_list gradients_;
@@ -108,7 +108,7 @@ class HalvesNode final : public torch::autograd::Node {
 /// Catches the gradients in front of an input's node, so that nothing behind the input runs; the tensor's own hooks do.
 class CaptureNode final : public torch::autograd::Node {
  public:
-  explicit CaptureNode(NodePtr captured);
+  explicit CaptureNode(NodePointer captured);
 
   torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override;
   std::string name() const override;
@@ -116,7 +116,7 @@ class CaptureNode final : public torch::autograd::Node {
   at::Tensor gradient(size_t input_nr) const;
 
  private:
-  const NodePtr captured_;
+  const NodePointer captured_;
   torch::autograd::variable_list gradients_;
 };
 

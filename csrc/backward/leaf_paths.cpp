@@ -1,4 +1,4 @@
-#include "leaf_paths.h"
+#include "backward/leaf_paths.h"
 
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>

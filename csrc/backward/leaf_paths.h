@@ -1,10 +1,10 @@
 #pragma once
 
+#include "backward/graph.h"
+
 #include <c10/util/flat_hash_map.h>
 
 #include <vector>
-
-#include "graph.h"
 
 namespace pp_runtime {
 

@@ -1,4 +1,4 @@
-#include "python_nodes.h"
+#include "backward/python_nodes.h"
 
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/utils/pybind.h>
@@ -15,7 +15,9 @@ using torch::autograd::Node;
 
 namespace {
 
-py::object helper(const char* name) { return py::module_::import("pp_runtime.running.stages.checkpointing").attr(name); }
+py::object helper(const char* name) {
+  return py::module_::import("pp_runtime.running.stages.checkpointing").attr(name);
+}
 
 edge_list edges_of(const std::vector<at::Tensor>& tensors) {
   edge_list edges;

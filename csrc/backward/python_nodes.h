@@ -1,6 +1,6 @@
 #pragma once
 
-#include "graph.h"
+#include "backward/graph.h"
 
 namespace pp_runtime {
 

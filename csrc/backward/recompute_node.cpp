@@ -1,15 +1,15 @@
-#include "recompute_node.h"
+#include "backward/recompute_node.h"
+
+#include "backward/python_nodes.h"
 
 #include <utility>
-
-#include "python_nodes.h"
 
 namespace pp_runtime {
 
 using torch::autograd::edge_list;
 using torch::autograd::variable_list;
 
-RecomputeNode::RecomputeNode(NodePtr checkpoint)
+RecomputeNode::RecomputeNode(NodePointer checkpoint)
     : Node(checkpoint->sequence_nr(), edge_list(checkpoint->next_edges())), checkpoint_(std::move(checkpoint)) {
   for (size_t i = 0; i < checkpoint_->num_inputs(); ++i) {
     input_metadata_.emplace_back(checkpoint_->input_metadata(i));

@@ -1,10 +1,10 @@
 #pragma once
 
+#include "backward/half_nodes.h"
+#include "backward/split_backward.h"
+
 #include <memory>
 #include <string>
-
-#include "half_nodes.h"
-#include "split_backward.h"
 
 namespace pp_runtime {
 
@@ -13,7 +13,7 @@ namespace pp_runtime {
 /// a block's forward runs twice in all, and its weights' hooks fire in W.
 class RecomputeNode final : public torch::autograd::Node {
  public:
-  explicit RecomputeNode(NodePtr checkpoint);
+  explicit RecomputeNode(NodePointer checkpoint);
 
   torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override;
   std::string name() const override;
@@ -22,7 +22,7 @@ class RecomputeNode final : public torch::autograd::Node {
   std::unique_ptr<WeightHalf> take_weight_half();
 
  private:
-  const NodePtr checkpoint_;
+  const NodePointer checkpoint_;
   std::unique_ptr<WeightHalf> weight_half_;
 };
 

@@ -1,4 +1,9 @@
-#include "split_backward.h"
+#include "backward/split_backward.h"
+
+#include "backward/full_backward.h"
+#include "backward/graph_splitter.h"
+#include "backward/half_nodes.h"
+#include "backward/leaf_paths.h"
 
 #include <torch/csrc/autograd/anomaly_mode.h>
 
@@ -7,11 +12,6 @@
 #include <stdexcept>
 #include <unordered_map>
 #include <utility>
-
-#include "full_backward.h"
-#include "graph_splitter.h"
-#include "half_nodes.h"
-#include "leaf_paths.h"
 
 namespace pp_runtime {
 
@@ -111,9 +111,9 @@ edge_list WeightHalf::edges() const {
   return edges;
 }
 
-std::unique_ptr<WeightHalf> input_backward(Roots roots, const std::vector<NodePtr>& input_nodes) {
+std::unique_ptr<WeightHalf> input_backward(Roots roots, const std::vector<NodePointer>& input_nodes) {
   GraphSplitter splitter;
-  for (const NodePtr& node : input_nodes) {
+  for (const NodePointer& node : input_nodes) {
     splitter.add_input(node.get(), node.get());
   }
   if (input_nodes.empty()) {

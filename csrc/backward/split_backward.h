@@ -1,9 +1,9 @@
 #pragma once
 
+#include "backward/graph.h"
+
 #include <memory>
 #include <vector>
-
-#include "graph.h"
 
 namespace pp_runtime {
 
@@ -39,7 +39,7 @@ class WeightHalf {
 /// node has no next edges. Without input nodes nothing runs here, and W is the full backward.
 ///
 /// The graph is rewired on the way (see graph_splitter.h), so it serves this one backward.
-std::unique_ptr<WeightHalf> input_backward(Roots roots, const std::vector<NodePtr>& input_nodes);
+std::unique_ptr<WeightHalf> input_backward(Roots roots, const std::vector<NodePointer>& input_nodes);
 
 struct InputGradients {
   torch::autograd::variable_list gradients;  // one an input edge, undefined where none came

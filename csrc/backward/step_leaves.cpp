@@ -1,4 +1,4 @@
-#include "step_leaves.h"
+#include "backward/step_leaves.h"
 
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 

@@ -1,4 +1,4 @@
-#include "weight_products.h"
+#include "backward/weight_products.h"
 
 #include <ATen/SavedTensorHooks.h>
 #include <c10/util/flat_hash_map.h>

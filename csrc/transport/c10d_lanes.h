@@ -1,7 +1,7 @@
 #pragma once
 
-#include "lanes.h"
-#include "slots.h"
+#include "lanes/lanes.h"
+#include "lanes/slots.h"
 #include "transport/c10d.h"
 
 #include <torch/csrc/distributed/c10d/Backend.hpp>

@@ -1,7 +1,7 @@
 #include "transport/confirmation.h"
 
-#include "message.h"
-#include "signals.h"
+#include "oversight/signals.h"
+#include "transport/message.h"
 
 #include <new>
 #include <stdexcept>

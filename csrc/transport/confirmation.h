@@ -1,8 +1,8 @@
 #pragma once
 
+#include "oversight/segment.h"
 #include "transport/doorbell.h"
 #include "transport/peer.h"
-#include "transport/segment.h"
 
 #include <atomic>
 #include <memory>

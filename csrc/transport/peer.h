@@ -1,6 +1,6 @@
 #pragma once
 
-#include "watch.h"
+#include "oversight/watch.h"
 
 #include <chrono>
 #include <cstdint>

@@ -1,12 +1,13 @@
 #pragma once
 
+#include "oversight/segment.h"
+#include "transport/doorbell.h"
+#include "transport/peer.h"
+#include "transport/transport.h"
+
 #include <memory>
 #include <string>
 #include <vector>
-#include "transport/doorbell.h"
-#include "transport/peer.h"
-#include "transport/segment.h"
-#include "transport/transport.h"
 
 namespace pp_runtime {
 
@@ -91,17 +92,6 @@ class SharedReceiveChannel : public ReceiveChannel {
   std::string name_;
   std::shared_ptr<Watch> watch_;
   SpinTime spin_;
-};
-
-/// The word by which ranks find out whether they share memory: a random token in a segment that a peer tries to read.
-class Token {
- public:
-  explicit Token(uint64_t value);
-  int fd() const;
-  static bool matches(int64_t pid, int fd, uint64_t value);
-
- private:
-  std::shared_ptr<Segment> segment_;
 };
 
 }  // namespace pp_runtime

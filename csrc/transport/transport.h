@@ -1,6 +1,6 @@
 #pragma once
 
-#include "message.h"
+#include "transport/message.h"
 
 namespace pp_runtime {
 

@@ -6,14 +6,24 @@ import contextlib
 from abc import ABC
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import torch
 
 from pp_runtime.errors import PipelineModeError, PipelineTypeError, PipelineUsageError
 from pp_runtime.microbatch import TensorChunkSpec
 from pp_runtime.orders import ActionType, ir
-from pp_runtime.running import StepGradients, TellsRefusals, checked_deadline, default_deadline, refuse_for, ties_of
+from pp_runtime.planning import MemoryReport, MethodHandler
+from pp_runtime.running import (
+    Runtime,
+    Signature,
+    StepGradients,
+    TellsRefusals,
+    checked_deadline,
+    default_deadline,
+    refuse_for,
+    ties_of,
+)
 from pp_runtime.schedules.batches import BatchHandling
 from pp_runtime.schedules.checks import (
     check_chunk_spec,
@@ -26,12 +36,8 @@ from pp_runtime.schedules.custom_functions import CustomFunctions
 from pp_runtime.schedules.initialization import StageInitialization
 from pp_runtime.schedules.order_holder import OrderHolder, has_backwards
 from pp_runtime.schedules.replaced_methods import method_handlers, modules_of
-
-if TYPE_CHECKING:
-    from pp_runtime.planning import MemoryReport, MethodHandler
-    from pp_runtime.running import Runtime, Signature
-    from pp_runtime.stage import _PipelineStageBase
-    from pp_runtime.timing import Timeline
+from pp_runtime.stage import _PipelineStageBase
+from pp_runtime.timing import Timeline
 
 
 class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitialization, TellsRefusals, ABC):
@@ -39,11 +45,6 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitia
 
     Making a schedule talks to no other rank; the first step does.
     """
-
-    _order_name: ClassVar[str | None] = None
-    _trains: ClassVar[bool] = True
-    _stages: list[_PipelineStageBase]
-    _backward_requires_autograd: bool = True
 
     def __init__(
         self,
@@ -65,14 +66,12 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitia
         self._kwargs_chunk_spec = check_chunk_spec(
             kwargs_chunk_spec, "kwargs_chunk_spec", (dict,), "{'mask': TensorChunkSpec(0)}"
         )
-        # In the structure of the target, or one spec for all of it; None cuts along dimension 0.
         self._target_chunk_spec = target_chunk_spec
         self._output_merge_spec = output_merge_spec
         # True divides the summed gradients by the number of microbatches, which suits a loss that averages over rows.
         self.scale_grads = scale_grads
         self._has_backward = self._trains and self._loss_fn is not None
 
-        self._runtime: Runtime | None = None
         self._order_has_backward = True
         self._record_timeline = False
         self._deadline = default_deadline()
@@ -237,8 +236,6 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitia
 
     def _ensure_runtime(self) -> Runtime:
         if self._runtime is None:
-            from pp_runtime.running import Runtime
-
             check_stages_can_run(self._stages)
             order, with_comms = self._order_to_run()
             own_actions = order.get(self._stages[0].group_rank, [])

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pp_runtime.errors import PipelineTypeError, PipelineUsageError
-from pp_runtime.microbatch import TensorChunkSpec, merge_chunks, split_batch, split_target
-
-if TYPE_CHECKING:
-    from pp_runtime.stage import _PipelineStageBase
+from pp_runtime.microbatch import merge_chunks, split_batch, split_target
+from pp_runtime.schedules.fields import ScheduleFields
 
 
-class BatchHandling:
+class BatchHandling(ScheduleFields):
     """The part of a schedule that turns whole batches into microbatches and back."""
-
-    _stages: list[_PipelineStageBase]
-    _n_microbatches: int
-    _args_chunk_spec: tuple[TensorChunkSpec, ...] | None
-    _kwargs_chunk_spec: dict[str, TensorChunkSpec] | None
-    _target_chunk_spec: Any
-    _output_merge_spec: Any
-
-    def _last_stage(self) -> _PipelineStageBase | None:
-        """This rank's last stage of the whole pipeline, if it has it."""
-        return next((stage for stage in self._stages if stage.is_last), None)
 
     def _split_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> tuple[list, list]:
         count = self._n_microbatches

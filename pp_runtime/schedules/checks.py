@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pp_runtime.errors import PipelineModeError, PipelineTypeError, PipelineUsageError
-
-if TYPE_CHECKING:
-    from pp_runtime.stage import _PipelineStageBase
+from pp_runtime.stage import _PipelineStageBase
 
 
 def check_microbatch_count(count: Any) -> int:
@@ -39,8 +37,6 @@ def check_chunk_spec(spec: Any, name: str, kinds: tuple[type, ...], example: str
 
 def check_stage(stage: Any) -> _PipelineStageBase:
     """``stage`` if it is a stage of ours."""
-    from pp_runtime.stage import _PipelineStageBase
-
     if isinstance(stage, _PipelineStageBase):
         stage.replaced(in_step=False)  # refuses what would be passed over
         return stage

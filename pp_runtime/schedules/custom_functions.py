@@ -11,17 +11,12 @@ import torch
 from pp_runtime.errors import PipelineModeError, PipelineTypeError
 from pp_runtime.orders import Action, ActionType, ir, leaves
 from pp_runtime.schedules.custom_context import CurrentStep, _CustomFunctionProtocol, check_custom_type
+from pp_runtime.schedules.fields import ScheduleFields
 from pp_runtime.schedules.step_losses import StepLosses
 
 
-class CustomFunctions:
+class CustomFunctions(ScheduleFields):
     """Holds the custom functions of a schedule, and the losses that they compute."""
-
-    _n_microbatches: int
-    _loss_fn: Callable[..., Any] | None
-    _has_backward: bool
-    _runtime: Any
-    _stages: Any
 
     def __init__(self) -> None:
         super().__init__()

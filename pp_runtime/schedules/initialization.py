@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from pp_runtime.schedules.fields import ScheduleFields
 
-class StageInitialization:
+
+class StageInitialization(ScheduleFields):
     """Flags that programs read, and reset when lengths change: any step may have lengths of its own."""
-
-    _has_backward: bool
 
     _stage_initialized = False
     _stage_forward_initialized = False

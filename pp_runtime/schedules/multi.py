@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pp_runtime.microbatch import TensorChunkSpec
-from pp_runtime.orders import Action, Order, Placement, build_order, from_torch_form, looped, named_order, to_torch_form
+from pp_runtime.orders import Action, from_torch_form, looped, to_torch_form
 from pp_runtime.schedules.base import _PipelineSchedule
 from pp_runtime.schedules.checks import check_stages
 from pp_runtime.schedules.order_holder import TorchOrder, has_backwards
 from pp_runtime.schedules.torch_forms import proved_placement
-
-if TYPE_CHECKING:
-    from pp_runtime.stage import _PipelineStageBase
+from pp_runtime.stage import _PipelineStageBase
 
 
 class PipelineScheduleMulti(_PipelineSchedule):
@@ -42,15 +39,8 @@ class PipelineScheduleMulti(_PipelineSchedule):
         *,
         target_chunk_spec: Any = None,
     ) -> None:
-        super().__init__(
-            n_microbatches,
-            loss_fn,
-            args_chunk_spec,
-            kwargs_chunk_spec,
-            output_merge_spec,
-            scale_grads,
-            target_chunk_spec=target_chunk_spec,
-        )
+        chunks = args_chunk_spec, kwargs_chunk_spec, output_merge_spec
+        super().__init__(n_microbatches, loss_fn, *chunks, scale_grads, target_chunk_spec=target_chunk_spec)
         self._stages = check_stages(stages)
         self._num_stages = self.num_stages = self._stages[0].num_stages
         self.n_local_stages = len(self._stages)
@@ -64,32 +54,18 @@ class PipelineScheduleMulti(_PipelineSchedule):
                 DeprecationWarning,
                 stacklevel=2,
             )
-        built = self._build_order()
-        if built is None:
+        if not self._take_own_order():
             self.stage_index_to_group_rank = dict(enumerate(looped(self.pp_group_size, self._num_stages)))
-        else:
-            self._set_order(*built, rebuild=self._order_builder())
-            own = type(self)._calculate_single_rank_operations
-            if own is not PipelineScheduleMulti._calculate_single_rank_operations:
-                ranks = range(self.pp_group_size)
-                self.pipeline_order = {rank: self._calculate_single_rank_operations(rank) for rank in ranks}
+        elif (
+            type(self)._calculate_single_rank_operations is not PipelineScheduleMulti._calculate_single_rank_operations
+        ):
+            ranks = range(self.pp_group_size)
+            self.pipeline_order = {rank: self._calculate_single_rank_operations(rank) for rank in ranks}
 
     def _calculate_single_rank_operations(self, rank: int) -> list[Action | None]:
         """A rank's compute actions, None where it idles. A named schedule whose subclass overrides this runs those."""
         built = self._build_order()
         return [] if built is None else to_torch_form(built[0])[rank]
-
-    def _order_builder(self) -> Callable[[], Order] | None:
-        """What builds the order once more; None where it must be kept. Holds no stage."""
-        if self._order_name is None:
-            return None
-        return partial(named_order, self._order_name, self.pp_group_size, self._num_stages, self._n_microbatches)
-
-    def _build_order(self) -> tuple[Order, Placement] | None:
-        """The order and the placement of the stages; None where a file or an assignment will bring them."""
-        if self._order_name is None:
-            return None
-        return build_order(self._order_name, self.pp_group_size, self._num_stages, self._n_microbatches)
 
     def _validate_and_set_stage_mapping(self, actions: TorchOrder) -> None:
         """Prove an order at once, and take its placement of the stages; the order itself is not taken."""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pp_runtime.errors import PipelineModeError
 from pp_runtime.microbatch import TensorChunkSpec
 from pp_runtime.schedules.runtime_schedule import _PipelineScheduleRuntime
 from pp_runtime.schedules.single import PipelineScheduleSingle
-
-if TYPE_CHECKING:
-    from pp_runtime.stage import _PipelineStageBase
+from pp_runtime.stage import _PipelineStageBase
 
 
 class _ScheduleForwardOnly(PipelineScheduleSingle):
@@ -53,35 +51,6 @@ class ScheduleZB2P(PipelineScheduleSingle):
     _order_name = "ZB2P"
 
 
-class ScheduleLoopedBFS(_PipelineScheduleRuntime):
-    """Breadth-first: a rank runs all microbatches of its earlier stage first. Lamy-Poirier, 2022, arXiv:2211.05953."""
-
-    _order_name = "LoopedBFS"
-
-    def __init__(
-        self,
-        stages: list[_PipelineStageBase],
-        n_microbatches: int,
-        loss_fn: Callable | None = None,
-        output_merge_spec: dict[str, Any] | tuple[Any] | None = None,
-        scale_grads: bool = True,
-        backward_requires_autograd: bool = True,
-        defer_pp_recv: bool = False,
-        *,
-        target_chunk_spec: Any = None,
-    ) -> None:
-        super().__init__(
-            stages=stages,
-            n_microbatches=n_microbatches,
-            loss_fn=loss_fn,
-            output_merge_spec=output_merge_spec,
-            scale_grads=scale_grads,
-            backward_requires_autograd=backward_requires_autograd,
-            defer_pp_recv=defer_pp_recv,
-            target_chunk_spec=target_chunk_spec,
-        )
-
-
 class _NamedMultiSchedule(_PipelineScheduleRuntime):
     """The constructor that the named schedules with several stages a rank share."""
 
@@ -99,18 +68,32 @@ class _NamedMultiSchedule(_PipelineScheduleRuntime):
         *,
         target_chunk_spec: Any = None,
     ) -> None:
-        super().__init__(
-            stages=stages,
-            n_microbatches=n_microbatches,
-            loss_fn=loss_fn,
-            args_chunk_spec=args_chunk_spec,
-            kwargs_chunk_spec=kwargs_chunk_spec,
-            output_merge_spec=output_merge_spec,
-            scale_grads=scale_grads,
-            backward_requires_autograd=backward_requires_autograd,
-            defer_pp_recv=defer_pp_recv,
-            target_chunk_spec=target_chunk_spec,
-        )
+        chunks = args_chunk_spec, kwargs_chunk_spec, output_merge_spec
+        options = None, scale_grads, backward_requires_autograd
+        specs = {"defer_pp_recv": defer_pp_recv, "target_chunk_spec": target_chunk_spec}
+        super().__init__(stages, n_microbatches, loss_fn, *chunks, *options, **specs)
+
+
+class ScheduleLoopedBFS(_NamedMultiSchedule):
+    """Breadth-first: a rank runs all microbatches of its earlier stage first. Lamy-Poirier, 2022, arXiv:2211.05953."""
+
+    _order_name = "LoopedBFS"
+
+    def __init__(
+        self,
+        stages: list[_PipelineStageBase],
+        n_microbatches: int,
+        loss_fn: Callable | None = None,
+        output_merge_spec: dict[str, Any] | tuple[Any] | None = None,
+        scale_grads: bool = True,
+        backward_requires_autograd: bool = True,
+        defer_pp_recv: bool = False,
+        *,
+        target_chunk_spec: Any = None,
+    ) -> None:
+        chunks = None, None, output_merge_spec
+        options = scale_grads, backward_requires_autograd, defer_pp_recv
+        super().__init__(stages, n_microbatches, loss_fn, *chunks, *options, target_chunk_spec=target_chunk_spec)
 
 
 class ScheduleInterleaved1F1B(_NamedMultiSchedule):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
 
 from pp_runtime.errors import InvalidOrderError, PipelineModeError, PipelineUsageError
 from pp_runtime.orders import (
@@ -11,11 +11,13 @@ from pp_runtime.orders import (
     FileFormat,
     Order,
     Placement,
+    build_order,
     dump_order,
     from_torch_form,
     ir,
     leaves,
     load_order,
+    named_order,
     placement_of,
     to_torch_form,
 )
@@ -28,24 +30,18 @@ from pp_runtime.planning import (
     verify_communication,
 )
 from pp_runtime.running import refusals_of
-
-if TYPE_CHECKING:
-    from pp_runtime.stage import _PipelineStageBase
+from pp_runtime.schedules.fields import ScheduleFields
 
 TorchOrder = dict[int, list[Action | None]]
 
 
-class OrderHolder:
+class OrderHolder(ScheduleFields):
     """Holds one order at a time, and shows it in torch's forms.
 
     An order of the catalogue is kept as it is; its torch form, with None for idle steps, is only made when asked for.
     An order that the user assigns is kept in the form it was given in and read when the next step needs it, so that
     it may be filled in after it was assigned, rank by rank, as torch's own subclasses do.
     """
-
-    _stages: list[_PipelineStageBase]
-    _n_microbatches: int
-    _defer_pp_recv: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,15 +82,30 @@ class OrderHolder:
         self._given_with_comms = order
         self._order_changed()
 
+    def _build_order(self) -> tuple[Order, Placement] | None:
+        """The order and the placement of the stages; None where a file or an assignment will bring them."""
+        return None if self._order_name is None else build_order(self._order_name, *self._counts())
+
+    def _order_builder(self) -> Callable[[], Order] | None:
+        """What builds the order once more; None where it must be kept. Holds no stage."""
+        return None if self._order_name is None else partial(named_order, self._order_name, *self._counts())
+
+    def _counts(self) -> tuple[int, int, int]:
+        """Ranks, stages, microbatches."""
+        return self._stages[0].group_size, self._stages[0].num_stages, self._n_microbatches
+
     def _torch_form(self, order: Order) -> TorchOrder:
         return to_torch_form(order)
 
-    def _set_order(self, order: Order, placement: Placement, rebuild: Callable[[], Order] | None = None) -> None:
-        """Take an order that is known to be right; with ``rebuild`` it need not be kept once it is planned."""
-        self._order, self._rebuild, self._shown = order, rebuild, None
-        self._given = self._given_with_comms = None
+    def _take_own_order(self) -> bool:
+        """Build the order that the class stands for, if it does for one; what can be built again need not be kept."""
+        built = self._build_order()
+        if built is None:
+            return False
+        self._order, placement = built
+        self._rebuild = self._order_builder()
         self._place(placement)
-        self._order_changed()
+        return True
 
     def _own_order(self) -> Order | None:
         if self._order is None and self._rebuild is not None:

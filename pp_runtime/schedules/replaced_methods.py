@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from pp_runtime.errors import PipelineUsageError
 from pp_runtime.orders import Action, ActionType, ir
+from pp_runtime.planning import MethodHandler
 from pp_runtime.schedules.custom_context import CurrentStep, _PipelineContext
-
-if TYPE_CHECKING:
-    from pp_runtime.planning import MethodHandler
-    from pp_runtime.stage import _PipelineStageBase
+from pp_runtime.stage import _PipelineStageBase
 
 
 def method_handlers(

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pp_runtime.errors import PipelineUsageError
 from pp_runtime.microbatch import TensorChunkSpec
-from pp_runtime.orders import Action, Order, build_order, named_order
+from pp_runtime.orders import Action, Order
 from pp_runtime.planning import insert_reduce_grad
 from pp_runtime.schedules.base import _PipelineSchedule
 from pp_runtime.schedules.checks import check_stage
 from pp_runtime.schedules.order_holder import TorchOrder
-
-if TYPE_CHECKING:
-    from pp_runtime.stage import _PipelineStageBase
+from pp_runtime.stage import _PipelineStageBase
 
 
 class PipelineScheduleSingle(_PipelineSchedule):
@@ -40,23 +37,13 @@ class PipelineScheduleSingle(_PipelineSchedule):
         *,
         target_chunk_spec: Any = None,
     ) -> None:
-        super().__init__(
-            n_microbatches,
-            loss_fn,
-            args_chunk_spec,
-            kwargs_chunk_spec,
-            output_merge_spec,
-            scale_grads,
-            target_chunk_spec=target_chunk_spec,
-        )
+        chunks = args_chunk_spec, kwargs_chunk_spec, output_merge_spec
+        super().__init__(n_microbatches, loss_fn, *chunks, scale_grads, target_chunk_spec=target_chunk_spec)
         self._stage = check_stage(stage)
         self._num_stages = stage.num_stages
         self._check_one_stage_a_rank()
-        if self._order_name is not None:
-            counts = self._order_name, stage.group_size, stage.num_stages, self._n_microbatches
-            self._set_order(*build_order(*counts), rebuild=partial(named_order, *counts))
-        own = type(self)._get_pipeline_order is not PipelineScheduleSingle._get_pipeline_order
-        if own and self._order_name is None:
+        brings_own = type(self)._get_pipeline_order is not PipelineScheduleSingle._get_pipeline_order
+        if not self._take_own_order() and brings_own:
             self.pipeline_order = self._get_pipeline_order() or {}
 
     def _check_one_stage_a_rank(self) -> None:

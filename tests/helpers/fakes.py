@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-import pp_runtime.running.runtime
+import pp_runtime.schedules.base
 from pp_runtime.orders.ir import Action, Order
 from pp_runtime.stage import _PipelineStageBase
 
@@ -111,7 +111,7 @@ class FakeRuntime:
 
 def use_fake_runtime(monkeypatch: Any) -> None:
     """Have schedules made in this test run on ``FakeRuntime``; ``FakeRuntime.made`` holds those made."""
-    monkeypatch.setattr(pp_runtime.running.runtime, "Runtime", FakeRuntime)
+    monkeypatch.setattr(pp_runtime.schedules.base, "Runtime", FakeRuntime)
     monkeypatch.setattr(FakeRuntime, "made", [])
 
 

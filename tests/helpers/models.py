@@ -289,6 +289,28 @@ def usable(names: Iterable[str] = ()) -> list[str]:
     return [name for name in names or sorted(MODELS) if not (api.IS_TORCH and name in _TORCH_CANNOT)]
 
 
+class Embeds(nn.Module):
+    """The first stage of a model whose head is its embedding."""
+
+    def __init__(self, words: int = 7, width: int = 6) -> None:
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(words, width), nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.layer(self.embedding(tokens))
+
+
+class Reads(nn.Module):
+    """The last one."""
+
+    def __init__(self, words: int = 7, width: int = 6) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(width, width), nn.Linear(width, words, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.layer(x)))
+
+
 MODELS: dict[str, Callable[[int], Example]] = {
     model.__name__: model
     for model in (

@@ -1,8 +1,8 @@
 // What is read from other processes: messages' descriptions and programs, whole, cut short and changed at random.
 
 #include "check.h"
-#include "message.h"
-#include "program.h"
+#include "execution/program.h"
+#include "transport/message.h"
 
 #include <ATen/Functions.h>
 

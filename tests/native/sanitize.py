@@ -19,8 +19,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "sanitize"
 RUNTIME = [
-    "message", "program", "watch", "whereabouts",
-    "transport/confirmation", "transport/doorbell", "transport/segment", "transport/shared_memory",
+    "execution/program", "oversight/segment", "oversight/watch", "oversight/whereabouts",
+    "transport/confirmation", "transport/doorbell", "transport/message", "transport/shared_memory",
 ]  # fmt: skip
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],

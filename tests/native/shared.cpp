@@ -1,12 +1,12 @@
 // What threads and processes share: segments, doorbells, rings, the end of a step, the board, the watch.
 
 #include "check.h"
+#include "oversight/segment.h"
+#include "oversight/watch.h"
+#include "oversight/whereabouts.h"
 #include "transport/confirmation.h"
 #include "transport/doorbell.h"
-#include "transport/segment.h"
 #include "transport/shared_memory.h"
-#include "watch.h"
-#include "whereabouts.h"
 
 #include <ATen/Functions.h>
 #include <torch/csrc/distributed/c10d/HashStore.hpp>

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.helpers import api, ranks, reference
+from tests.helpers.models import Embeds, Reads
 from tests.helpers.pipelines import held_by, make_schedule, make_stages, stages_allowed
-from tests.running.test_tied_parameters import Embeds, Reads
-from tests.schedules.test_compositions import KINDS, WARM, Part, _batch, _loss, _whole
+from tests.helpers.wrapped_models import KINDS, WRAPPERS, Part, batch_of, loss, whole
 
+WARM = WRAPPERS
 pytestmark = api.ours_only("clips each rank by itself")
 
 if not api.IS_TORCH:
     from pp_runtime import PipelineGradScaler, clip_grad_norm_
 
-__all__ = ["WARM"]
 MICROBATCHES, ROWS, WORDS, WIDTH = 4, 8, 7, 6
 NORMS = [float("inf"), 2.0, 1.0, 3.5]
 # Of nobody's layers that data parallelism leaves alone.
@@ -36,8 +36,8 @@ def _differences(where: str, stages: list[Any], plain: list[nn.Module], *, gradi
         for mine, (name, theirs) in pairs:
             named = f"{where}, {name} of stage {stage.stage_index}"
             if gradients:
-                found += reference.differences(f"{named} grad", _whole(mine.grad), theirs.grad, exact=False)
-            found += reference.differences(named, _whole(mine.detach()), theirs.detach(), exact=False)
+                found += reference.differences(f"{named} grad", whole(mine.grad), theirs.grad, exact=False)
+            found += reference.differences(named, whole(mine.detach()), theirs.detach(), exact=False)
     return found
 
 
@@ -69,7 +69,7 @@ def _clip_wrapped(rank: int, schedule: str, kinds: list[str], frozen: bool) -> l
         plain: list[nn.Module] = [Part(norm=kind != "TP, DTensors between") for _ in range(2 * per_rank)]
         if frozen:
             plain[-1].requires_grad_(False)
-        batches = [_batch(other) for other in range(data)]
+        batches = [batch_of(other) for other in range(data)]
         if wrap is None:  # replicas that nobody reduces learn from the same batch
             batches = batches[:1] * data
         gradients = []
@@ -85,7 +85,7 @@ def _clip_wrapped(rank: int, schedule: str, kinds: list[str], frozen: bool) -> l
             piped = {index: wrap(module, mesh) for index, module in piped.items()}
         group = mesh["pipeline"].get_group()
         stages = make_stages(piped, len(plain), group)
-        pipeline = make_schedule(schedule, stages, MICROBATCHES, _loss)
+        pipeline = make_schedule(schedule, stages, MICROBATCHES, loss)
         if wrap is not None and when == "after":
             for stage in stages:
                 stage.submod = wrap(stage.submod, mesh)
@@ -313,7 +313,7 @@ def _scale(rank: int, schedule: str, fused: bool) -> list[str]:
             for one, update in ((scaler, optimizer), (theirs, plain_optimizer)):
                 one.step(update)
                 one.update()
-            stayed = all(torch.equal(_whole(a), _whole(b.detach())) for a, b in zip(before, learning, strict=True))
+            stayed = all(torch.equal(whole(a), whole(b.detach())) for a, b in zip(before, learning, strict=True))
             if stayed != (0 <= broken < 4):
                 found.append(f"{where}: parameters {'stayed' if stayed else 'changed'}")
             if scaler.get_scale() != theirs.get_scale():

@@ -16,7 +16,7 @@ from pp_runtime.errors import PipelineUsageError
 from pp_runtime.schedules import FORWARD, FULL_BACKWARD, PipelineScheduleSingle
 from tests.helpers import ranks
 from tests.helpers.pipelines import make_schedule
-from tests.schedules.test_planned_schedules import NAMED, MockPipelineStage, plan
+from tests.helpers.planned import NAMED, MockPipelineStage, plan
 
 WIDTH, MICROBATCHES = 3, 4
 

@@ -12,34 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.helpers import api, ranks, reference
+from tests.helpers.models import Embeds, Reads
 from tests.helpers.pipelines import EVERY_SCHEDULE, held_by, make_schedule, make_stages, stages_allowed
 
 pytestmark = api.ours_only("keeps no parameters tied")
 
 MICROBATCHES, ROWS, WORDS, WIDTH = 4, 8, 7, 6
 WARM = "torch.distributed.fsdp"
-
-
-class Embeds(nn.Module):
-    """The first stage."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.layer = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, words: Tensor) -> Tensor:
-        return self.layer(self.embedding(words))
-
-
-class Reads(nn.Module):
-    """The last stage; its head is the embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WORDS, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.layer(x)))
 
 
 def _loss(output: Tensor, target: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -12,182 +11,34 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import api, ranks, reference
 from tests.helpers.pipelines import EVERY_SCHEDULE, held_by, make_schedule, make_stages, stages_allowed, step
+from tests.helpers.wrapped_models import (
+    KINDS,
+    MICROBATCHES,
+    ON_8_RANKS,
+    SCALINGS,
+    WIDTH,
+    WRAPPERS,
+    Part,
+    _ddp,
+    _fsdp,
+    batch_of,
+    compare_with_plain,
+    loss,
+    mean_gradients,
+    whole,
+)
 
+WARM = WRAPPERS
 pytestmark = api.ours_only("reduces once a microbatch, scales twice, or refuses the mixture")
-
-MICROBATCHES, ROWS, WIDTH = 4, 8, 8
-WARM = "torch.distributed.fsdp torch.distributed.tensor.parallel torch.distributed._composable.replicate"
-SCALINGS = ["scaled", "summed"]
-
-
-class Part(nn.Module):
-    """Two layers that tensor parallelism may split, and a norm that it leaves alone."""
-
-    def __init__(self, norm: bool = True) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH) if norm else nn.Identity()
-        self.up = nn.Linear(WIDTH, 2 * WIDTH)
-        self.down = nn.Linear(2 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.tanh(self.up(self.norm(x))))
-
-
-def _ddp(module: nn.Module, mesh: Any, **options: Any) -> nn.Module:
-    return nn.parallel.DistributedDataParallel(module, process_group=mesh["data"].get_group(), **options)
-
-
-def _fsdp(module: nn.Module, mesh: Any, **options: Any) -> nn.Module:
-    from torch.distributed.fsdp import fully_shard
-
-    fully_shard(module.up, mesh=mesh["data"], **options)
-    return fully_shard(module, mesh=mesh["data"])
-
-
-def _fsdp_blocks(module: nn.Module, mesh: Any) -> nn.Module:
-    from torch.distributed.fsdp import fully_shard
-
-    fully_shard(module.up, mesh=mesh["data"])
-    fully_shard(module.down, mesh=mesh["data"])
-    return module
-
-
-def _replicate(module: nn.Module, mesh: Any) -> nn.Module:
-    from torch.distributed._composable.replicate import replicate
-
-    return replicate(module, process_group=mesh["data"].get_group())
-
-
-def _replicate_fsdp(module: nn.Module, mesh: Any) -> nn.Module:
-    from torch.distributed._composable.replicate_with_fsdp import replicate
-
-    return replicate(module, mesh=mesh["data"])
-
-
-def _tensor_parallel(module: nn.Module, mesh: Any, *, local: bool = True) -> nn.Module:
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    plan = {"up": ColwiseParallel(), "down": RowwiseParallel(use_local_output=local)}
-    return parallelize_module(module, mesh["tensor"], plan)
-
-
-def _dtensors(module: nn.Module, mesh: Any) -> nn.Module:
-    return _tensor_parallel(module, mesh, local=False)
-
-
-def _fsdp_and_tensor_parallel(module: nn.Module, mesh: Any) -> nn.Module:
-    return _fsdp(_tensor_parallel(module, mesh), mesh)
-
-
-# name -> (how a stage's module is wrapped, the ranks of a pipeline stage that hold data and tensor shards, when)
-KINDS: dict[str, tuple[Callable[..., nn.Module] | None, tuple[int, int], str]] = {
-    "plain": (None, (2, 1), "before"),
-    "DDP": (_ddp, (2, 1), "before"),
-    "DDP, after": (_ddp, (2, 1), "after"),
-    "DDP, views": (lambda m, mesh: _ddp(m, mesh, gradient_as_bucket_view=True), (2, 1), "before"),
-    "DDP, unused": (lambda m, mesh: _ddp(m, mesh, find_unused_parameters=True), (2, 1), "after"),
-    "FSDP2, before": (_fsdp, (2, 1), "before"),
-    "FSDP2, after": (_fsdp, (2, 1), "after"),
-    "FSDP2 of the blocks, after": (_fsdp_blocks, (2, 1), "after"),
-    "replicate, before": (_replicate, (2, 1), "before"),
-    "replicate, after": (_replicate, (2, 1), "after"),
-    "replicate of FSDP2, after": (_replicate_fsdp, (2, 1), "after"),
-    "TP": (_tensor_parallel, (1, 2), "after"),
-    "TP, DTensors between": (_dtensors, (1, 2), "before"),
-    "FSDP2 + TP": (_fsdp_and_tensor_parallel, (1, 2), "after"),
-}
-
-
-def _hybrid(module: nn.Module, mesh: Any) -> nn.Module:
-    """Sharded over one dimension and replicated over the other; ranks that shard have the same data."""
-    from torch.distributed.fsdp import fully_shard
-
-    fully_shard(module.up, mesh=mesh["data", "tensor"])
-    return fully_shard(module, mesh=mesh["data", "tensor"])
-
-
-ON_8_RANKS: dict[str, Any] = {
-    "FSDP2 + TP of 8 ranks": (_fsdp_and_tensor_parallel, (2, 2), "after"),
-    "HSDP of 8 ranks": (_hybrid, (2, 2), "after"),
-}
-
-
-def _loss(output: Tensor, target: Tensor) -> Tensor:
-    return F.mse_loss(output.to_local() if hasattr(output, "to_local") else output, target)
-
-
-def _whole(value: Any) -> Any:
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
-
-
-def _compare(rank: int, schedule_name: str, kind: str, scaling: str) -> list[str]:
-    """Train: a scaled step and one that accumulates onto it, or a summed one; what differs from the plain model."""
-    wrap, (data, tensor), when = (KINDS | ON_8_RANKS)[kind]
-    mesh = dist.init_device_mesh("cpu", (2, data, tensor), mesh_dim_names=("pipeline", "data", "tensor"))
-    place, replica, _ = mesh.get_coordinate()
-    stages_per_rank = stages_allowed(schedule_name, 2)[-1]
-    num_stages = 2 * stages_per_rank
-    torch.manual_seed(1)
-    plain = [Part(norm=kind != "TP, DTensors between") for _ in range(num_stages)]
-    piped = {index: copy.deepcopy(plain[index]) for index in held_by(place, schedule_name, 2, stages_per_rank)}
-    if wrap is not None and when == "before":
-        piped = {index: wrap(module, mesh) for index, module in piped.items()}
-    stages = make_stages(piped, num_stages, mesh["pipeline"].get_group())
-    scale = scaling != "summed"
-    schedule = make_schedule(schedule_name, stages, MICROBATCHES, _loss, scale_grads=scale)
-    if wrap is not None and when == "after":
-        for stage in stages:
-            stage.submod = wrap(stage.submod, mesh)
-    expected: Gradients = {}
-    found: list[str] = []
-    for number in range(2 if scale else 1):
-        mean = _mean_gradients(plain, [10 * number + each for each in (range(data) if wrap else [replica])], scale)
-        expected = {key: mean[key] + expected[key] for key in mean} if expected else mean  # type: ignore[operator]
-        batch = _batch(10 * number + replica)
-        step(schedule, stages, batch)
-        for stage in stages:
-            bare = [name for name, _ in plain[stage.stage_index].named_parameters()]
-            for name, parameter in zip(bare, stage.submod.parameters(), strict=True):
-                got, where = _whole(parameter.grad), f"{schedule_name}, {kind}, {scaling}: step {number}, {name}"
-                if kind.startswith("FSDP2 of the blocks") and "norm" in name:
-                    continue  # nobody reduces it
-                found += reference.differences(
-                    f"{where} of stage {stage.stage_index}", got, expected[stage.stage_index, name], exact=False
-                )
-    return found
-
-
-Gradients = dict[tuple[int, str], Tensor | None]
-
-
-def _mean_gradients(plain: list[nn.Module], seeds: Iterable[int], scale: bool = True) -> Gradients:
-    """The plain model's gradients, by stage and name: the mean over the batches of these seeds."""
-    places = [(index, name) for index, module in enumerate(plain) for name, _ in module.named_parameters()]
-    of_batches = []
-    for seed in seeds:
-        reference.train_step(plain, _batch(seed), F.mse_loss, MICROBATCHES, scale=scale)
-        of_batches.append([parameter.grad for module in plain for parameter in module.parameters()])
-    means = [
-        None if any(g is None for g in each) else sum(each) / len(each)
-        for each in map(list, zip(*of_batches, strict=True))
-    ]
-    return dict(zip(places, means, strict=True))
-
-
-def _batch(seed: int) -> reference.Batch:
-    generator = torch.Generator().manual_seed(seed)
-    return reference.Batch(
-        (torch.randn(ROWS, WIDTH, generator=generator),), torch.randn(ROWS, WIDTH, generator=generator)
-    )
 
 
 def _compare_all(rank: int, schedule: str, kinds: list[str]) -> list[str]:
-    return [line for kind in kinds for scaling in SCALINGS for line in _compare(rank, schedule, kind, scaling)[:3]]
+    settings = [(kind, scaling) for kind in kinds for scaling in SCALINGS]
+    return [line for setting in settings for line in compare_with_plain(rank, schedule, *setting)[:3]]
 
 
 @pytest.mark.parametrize("schedule", EVERY_SCHEDULE)
@@ -215,25 +66,25 @@ def _bare_order(rank: int, kind: str) -> list[str]:
     held = held_by(place, "InterleavedZeroBubble", 2, 2)
     modules = {index: copy.deepcopy(plain[index]) for index in held}
     stages = make_stages(modules, 4, mesh["pipeline"].get_group())
-    named = make_schedule("InterleavedZeroBubble", stages, MICROBATCHES, _loss)
+    named = make_schedule("InterleavedZeroBubble", stages, MICROBATCHES, loss)
     about_stages = ("UNSHARD", "RESHARD", "REDUCE_GRAD")
     order = {
         each: [action for action in actions if action.computation_type.value not in about_stages]
         for each, actions in named.pipeline_order_with_comms.items()
     }
-    schedule = api.schedules._PipelineScheduleRuntime(stages, MICROBATCHES, loss_fn=_loss)
+    schedule = api.schedules._PipelineScheduleRuntime(stages, MICROBATCHES, loss_fn=loss)
     schedule._prepare_schedule_with_comms(order, format="compute_comms")
     for stage in stages:
         stage.submod = KINDS[kind][0](stage.submod, mesh)  # type: ignore[misc]
-    wanted = _mean_gradients(plain, range(2))
-    batch = _batch(replica)
+    wanted = mean_gradients(plain, range(2))
+    batch = batch_of(replica)
     step(schedule, stages, batch)
     found = []
     for stage in stages:
         bare = [name for name, _ in plain[stage.stage_index].named_parameters()]
         for name, parameter in zip(bare, stage.submod.parameters(), strict=True):
             expected = wanted[stage.stage_index, name]
-            found += reference.differences(f"{stage.stage_index} {name}", _whole(parameter.grad), expected, exact=False)
+            found += reference.differences(f"{stage.stage_index} {name}", whole(parameter.grad), expected, exact=False)
     return found
 
 
@@ -270,10 +121,10 @@ def _count(rank: int, schedules: list[str], kinds: list[str]) -> list[str]:
             per_rank = stages_allowed(name, 2)[-1]
             modules = {index: Part() for index in held_by(place, name, 2, per_rank)}
             stages = make_stages(modules, 2 * per_rank, mesh["pipeline"].get_group())
-            schedule = make_schedule(name, stages, MICROBATCHES, _loss)
+            schedule = make_schedule(name, stages, MICROBATCHES, loss)
             for stage in stages:
                 stage.submod = wrap(stage.submod, mesh)
-            batch = _batch(0)
+            batch = batch_of(0)
             for number in range(3):
                 with _Collectives() as got:
                     step(schedule, stages, batch)
@@ -305,7 +156,7 @@ def _changes(rank: int, schedules: list[str]) -> list[str]:
         stages = make_stages(
             {index: copy.deepcopy(plain[index]) for index in held}, len(plain), mesh["pipeline"].get_group()
         )
-        schedule = make_schedule(name, stages, MICROBATCHES, _loss)
+        schedule = make_schedule(name, stages, MICROBATCHES, loss)
         for number, change in enumerate(["nothing", "DDP", "unwrapped", "frozen", "thawed", "replaced", "FSDP2"]):
             for stage in stages:
                 if stage.stage_index in changing:
@@ -315,8 +166,8 @@ def _changes(rank: int, schedules: list[str]) -> list[str]:
                 if change == "replaced":
                     plain[index].load_state_dict(_other(index).state_dict())
             reduced = change in ("DDP", "FSDP2")
-            own = [_mean_gradients(plain, [10 * number + data]) for data in range(2)]
-            batch = _batch(10 * number + replica)
+            own = [mean_gradients(plain, [10 * number + data]) for data in range(2)]
+            batch = batch_of(10 * number + replica)
             for stage in stages:
                 stage.submod.zero_grad()
             step(schedule, stages, batch)
@@ -328,7 +179,7 @@ def _changes(rank: int, schedules: list[str]) -> list[str]:
                     if reduced and index in changing and mine is not None:
                         mine = (own[0][index, key] + own[1][index, key]) / 2  # type: ignore[operator]
                     where = f"{name}, {change}: stage {index} {key}"
-                    found += reference.differences(where, _whole(parameter.grad), mine, exact=False)
+                    found += reference.differences(where, whole(parameter.grad), mine, exact=False)
     return found
 
 
@@ -361,13 +212,13 @@ def _refused(rank: int, kind: str) -> str:
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("pipeline", "data"))
     place = mesh.get_coordinate()[0]
     stages = make_stages({place: Part()}, 2, mesh["pipeline"].get_group())
-    schedule = make_schedule("1F1B", stages, MICROBATCHES, _loss)
+    schedule = make_schedule("1F1B", stages, MICROBATCHES, loss)
     if place == 1 and kind == "FSDP1":
         group = mesh["data"].get_group()
         stages[0].submod = FullyShardedDataParallel(Part(), process_group=group, device_id=torch.device("cpu"))
     elif place == 1:
         stages[0].submod = _ddp(Part(), mesh, static_graph=True)
-    batch = _batch(0)
+    batch = batch_of(0)
     with pytest.raises((ValueError, RuntimeError)) as raised:
         step(schedule, stages, batch)
     return str(raised.value)
@@ -405,12 +256,12 @@ def _unused(rank: int, schedules: list[str]) -> list[str]:
         held = held_by(place, name, 2, per_rank)
         modules = {i: _ddp(copy.deepcopy(plain[i]), mesh, find_unused_parameters=True) for i in held}
         stages = make_stages(modules, len(plain), mesh["pipeline"].get_group())
-        schedule = make_schedule(name, stages, MICROBATCHES, _loss)
+        schedule = make_schedule(name, stages, MICROBATCHES, loss)
         for number in range(2):
-            wanted = _mean_gradients(plain, [10 * number + data for data in range(2)])
+            wanted = mean_gradients(plain, [10 * number + data for data in range(2)])
             for module in modules.values():
                 module.zero_grad()
-            batch = _batch(10 * number + replica)
+            batch = batch_of(10 * number + replica)
             step(schedule, stages, batch)
             for index in held:
                 for key, parameter in modules[index].module.named_parameters():
