@@ -13,6 +13,7 @@ must be Python, and is not run.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,6 +89,15 @@ def _blocks(page: str) -> Iterator[Block]:
 
 def _line(text: str, place: int) -> int:
     return text.count("\n", 0, place) + 1
+
+
+def run_blocks(rank: int, page: str, count: int, folder: str = ".") -> None:
+    """One rank's part of a page, run in a folder to which it may write."""
+    os.chdir(folder)
+    names = {"__name__": "__page__", "rank": rank}
+    for block in blocks(page):
+        if block.how and block.ranks == count and not block.name:
+            exec(block.compiled(), names)
 
 
 def text_of(page: str) -> str:

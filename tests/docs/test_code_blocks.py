@@ -3,47 +3,22 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
-import signal
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
 from pp_runtime.__main__ import main as command_line
-from tests.docs.pages import PAGES, ROOT, Block, blocks, commands, text_of
+from tests.docs.pages import PAGES, ROOT, Block, blocks, commands, run_blocks, text_of
 from tests.helpers import ranks
+from tests.test_examples import is_png, run_python, torchrun
 
 WITH_RANKS = sorted(
     {(block.page, block.ranks) for page in PAGES for block in blocks(page) if block.ranks and not block.name}
 )
 ALONE = sorted({block.page for page in PAGES for block in blocks(page) if block.how and not block.ranks})
 PROGRAMS = [block for page in PAGES for block in blocks(page) if block.name]
-
-
-def run_python(*arguments: object, folder: Path, seconds: float = 100.0) -> str:
-    """What a program prints; an error with all of it if it fails or takes too long."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        cwd=folder,
-        start_new_session=True,  # so that the ranks can be ended with their parent
-    )
-    try:
-        printed, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        printed, _ = process.communicate()
-        pytest.fail(f"{arguments} took more than {seconds} s:\n{printed}")
-    assert process.returncode == 0, printed
-    return printed
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -55,15 +30,6 @@ def test_what_is_marked_as_python_is(page: str) -> None:
             pytest.fail(f"{page}, line {block.line + (error.lineno or 1) - 1}: {error}")
 
 
-def run_blocks(rank: int, page: str, count: int, folder: str = ".") -> None:
-    """One rank's part of a page, run in a folder to which it may write."""
-    os.chdir(folder)
-    names = {"__name__": "__page__", "rank": rank}
-    for block in blocks(page):
-        if block.how and block.ranks == count and not block.name:
-            exec(block.compiled(), names)
-
-
 @pytest.mark.parametrize(("page", "count"), WITH_RANKS)
 def test_blocks_run_on_ranks(page: str, count: int, tmp_path: Path) -> None:
     ranks.run(run_blocks, count, timeout=80, page=page, count=count, folder=str(tmp_path))
@@ -71,17 +37,21 @@ def test_blocks_run_on_ranks(page: str, count: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", ALONE)
 def test_blocks_run_alone(page: str, tmp_path: Path) -> None:
-    code = f"from tests.docs.test_code_blocks import run_blocks; run_blocks(0, {page!r}, 0)"
-    run_python("-c", code, folder=tmp_path)
+    code = f"from tests.docs.pages import run_blocks; run_blocks(0, {page!r}, 0, {str(tmp_path)!r})"
+    run_python("-c", code)
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.page)
 def test_the_whole_program_of_a_page_trains(program: Block, tmp_path: Path) -> None:
     (tmp_path / program.name).write_text(program.code)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", program.ranks]
-    printed = run_python(*launcher, program.name, folder=tmp_path)
+    printed = torchrun(program.ranks, str(tmp_path / program.name))
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
     assert len(losses) > 2 and losses[-1] < losses[0] / 10, printed
+
+
+def test_the_picture_can_be_made_again(tmp_path: Path) -> None:
+    printed = torchrun(2, str(ROOT / "docs" / "make_pictures.py"), "--output", tmp_path / "step.png")
+    assert "measured: " in printed and is_png(tmp_path / "step.png")
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page, "python -m pp_runtime ")])

@@ -1,4 +1,6 @@
-"""Docstrings name objects as :class:`pp_runtime.Costs`; in the reference such a name is a link to the object.
+"""What docstrings have of reStructuredText, as Markdown: names of objects, and blocks of code after two colons.
+
+An object is named as in :class:`pp_runtime.Costs`; in the reference such a name is a link to the object.
 
 A name without a package means what it means where the docstring stands. A name that leads nowhere is a warning, which
 `mkdocs build --strict` makes an error.
@@ -12,16 +14,18 @@ from typing import Any
 import griffe
 
 _ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|exc):`~?([^`]+)`")
+_BEFORE_CODE = re.compile(r"::(?=\n\n    )")
 _PACKAGE = "pp_runtime"
 
 
-class Roles(griffe.Extension):
-    """Makes roles of docstrings links in Markdown, before anything is rendered."""
+class DocstringsAsMarkdown(griffe.Extension):
+    """Changes docstrings before anything is rendered."""
 
     def on_object(self, *, obj: griffe.Object, **_kwargs: Any) -> None:
         """Called once for each object whose source was read."""
-        if obj.docstring is not None and ":`" in obj.docstring.value:
-            obj.docstring.value = _ROLE.sub(lambda match: _link(obj, match[1]), obj.docstring.value)
+        if obj.docstring is not None:
+            text = _ROLE.sub(lambda match: _link(obj, match[1]), obj.docstring.value)
+            obj.docstring.value = _BEFORE_CODE.sub(":", text)
 
 
 def _link(obj: griffe.Object, name: str) -> str:
