@@ -64,18 +64,8 @@ format: $(VENV)/made
 	$(VENV)/bin/ruff format .
 	find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs -r $(VENV)/bin/clang-format -i
 
-# The tools of the documentation have an environment of their own, which is kept outside of the checkout.
-DOCS_VENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/pp_runtime/docs-$(shell sha256sum requirements-docs.txt | cut -c 1-12)
-$(DOCS_VENV)/made: requirements-docs.txt
-	@echo "making the environment of the documentation in $(DOCS_VENV)"
-	@$(SYSTEM_PYTHON) -m venv --clear $(DOCS_VENV)
-	@$(DOCS_VENV)/bin/python -m pip install -qq --requirement requirements-docs.txt
-	@touch $@
-
-# Without --quiet, which would keep the warnings from --strict too.
-docs: $(DOCS_VENV)/made
-	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
-	@echo "build/site/index.html"
+docs:
+	@SYSTEM_PYTHON=$(SYSTEM_PYTHON) .ci/docs
 
 sanitize: $(VENV)/made
 	$(PYTHON) tests/native/sanitize.py

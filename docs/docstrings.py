@@ -1,6 +1,6 @@
 """What docstrings have of reStructuredText, as Markdown: names of objects, and blocks of code after two colons.
 
-An object is named as in :class:`pp_runtime.Costs`; in the reference such a name is a link to the object.
+An object is named as in :class:`pp_runtime.timing.Costs`; in the reference such a name is a link to the object.
 
 A name without a package means what it means where the docstring stands. A name that leads nowhere is a warning, which
 `mkdocs build --strict` makes an error.
