@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from pp_runtime.splitting import tracing
 from pp_runtime.splitting.torch_package import torch_pipelining
-from pp_runtime.splitting.tracing import Pipe, SplitPoint, pipe_split, pipeline
+from pp_runtime.splitting.tracing import annotate_split_points, pipeline
+
+if TYPE_CHECKING:
+    from pp_runtime.splitting.tracing import Pipe, SplitPoint, pipe_split
 
 __all__ = [
     "Pipe",
     "SplitPoint",
+    "annotate_split_points",
     "pipe_split",
     "pipeline",
     "torch_pipelining",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:  # made when first used, of torch's own
+        return getattr(tracing, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

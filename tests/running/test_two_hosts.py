@@ -23,7 +23,7 @@ PORT, LIMIT = 29_711, 100
 
 PROGRAM = """
 import torch.distributed as dist
-from pp_runtime import runtime
+from pp_runtime.running import runtime
 from tests.helpers.pipelines import Setting, Twins
 
 def open_and_tell(*args, **kwargs):

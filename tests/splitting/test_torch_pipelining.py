@@ -92,7 +92,8 @@ def test_a_program_that_imports_torchs_package_trains_on_ours(swap: str) -> None
 @pytest.mark.parametrize("swap", ["", BEFORE["its modules too"]])
 def test_private_modules_have_torchs_names_and_ours(swap: str) -> None:
     code = """
-from pp_runtime import _IR, _unflatten, tracing
+from pp_runtime import _IR, _unflatten
+from pp_runtime.splitting import tracing
 assert _IR.pipeline is tracing.pipeline and _IR.Pipe is tracing.Pipe
 assert _IR.annotate_split_points is tracing.annotate_split_points and _IR.pipe_split is tracing.pipe_split
 assert _IR.SplitPoint is tracing.SplitPoint and issubclass(_IR.LossWrapper, __import__("torch").nn.Module)
