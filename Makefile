@@ -1,6 +1,7 @@
 # make test    make the virtual environment, build in place, run the tests
 # make train   train a small language model over two pipeline ranks (about two minutes)
 # make lint    ruff, mypy, clang-format
+# make docs    the documentation in build/site, warnings as errors (seconds; needs no build)
 # make sanitize   the C++ runtime's own tests under ASan, UBSan and TSan (two minutes)
 # make cuda-check   compile the CUDA build against torch 2.14 and run the tutorial with it on the CPU
 SHELL := /bin/bash
@@ -17,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Each rank is one process a core; more threads only fight each other.
 export OMP_NUM_THREADS := 1
 
-.PHONY: all venv build test train lint format sanitize cuda-check clean
+.PHONY: all venv build test train lint format docs sanitize cuda-check clean
 all: build
 
 venv: $(VENV)/made
@@ -62,6 +63,9 @@ format: $(VENV)/made
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs -r $(VENV)/bin/clang-format -i
+
+docs:
+	@SYSTEM_PYTHON=$(SYSTEM_PYTHON) .ci/docs
 
 sanitize: $(VENV)/made
 	$(PYTHON) tests/native/sanitize.py
