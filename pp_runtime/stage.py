@@ -169,10 +169,13 @@ class PipelineStage(_PipelineStageBase):
 
     Args:
         submodule: the stage's part of the model. Its positional inputs are the outputs of the stage before it.
-        stage_index, num_stages: which stage, of how many.
+        stage_index: which stage this is, from 0.
+        num_stages: how many stages the model has.
         device: where the module is.
-        input_args, output_args, output_grads, input_grads: accepted for torch's sake. Shapes and dtypes are taken from
-            what is sent.
+        input_args: accepted for torch's sake, as the next three are. Shapes and dtypes are taken from what is sent.
+        output_args: as ``input_args``.
+        output_grads: as ``input_args``.
+        input_grads: as ``input_args``.
         group: the process group of the pipeline; the default group if None.
         dw_builder: returns, once a microbatch, the function that computes the weight gradients, as in torch.
         get_mesh: ``get_mesh(mesh_dim_names, mesh_layout)`` returns this rank's mesh for a DTensor that another stage

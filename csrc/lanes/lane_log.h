@@ -30,7 +30,7 @@ struct LaneRecord {
   std::vector<std::string> writes;
 };
 
-/// What a step asked of its lanes, for the proof that it was in order (pp_runtime/lane_order.py). Any thread.
+/// What a step asked of its lanes, for the proof that it was in order (pp_runtime/planning/lane_order.py). Any thread.
 class LaneLog {
  public:
   /// `omitted_wait` is the number of a wait that is left out, as if the runtime had forgotten it; -1 for none.

@@ -6,7 +6,7 @@ from pp_runtime.pictures.html_page import write_html
 from pp_runtime.pictures.palette import LOOKS
 from pp_runtime.pictures.perfetto import read_chrome, write_chrome
 from pp_runtime.pictures.spans import Span, Spans
-from pp_runtime.pictures.text_picture import text_picture
+from pp_runtime.pictures.terminal import text_picture
 from pp_runtime.pictures.visualize import draw
 
 __all__ = [

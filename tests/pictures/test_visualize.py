@@ -12,7 +12,7 @@ import pytest
 from pp_runtime.orders.catalogue import ORDERS, build_order
 from pp_runtime.pictures.html_page import write_html
 from pp_runtime.pictures.palette import LOOKS, stage_places
-from pp_runtime.pictures.text_picture import text_picture
+from pp_runtime.pictures.terminal import text_picture
 from pp_runtime.pictures.visualize import draw
 from pp_runtime.timing.costs import Costs
 from pp_runtime.timing.simulation import simulate

@@ -36,7 +36,11 @@ def end_of_step(
         return standing.error(waiting_for)
     if place and not isinstance(error, PipelineError):
         facts = ", ".join(f"{name} {value}" for name, value in place.items() if value is not None)
-        error.add_note(f"pp_runtime: on rank {agreement.rank}, {facts}")
+        note = f"pp_runtime: on rank {agreement.rank}, {facts}"
+        if hasattr(error, "add_note"):
+            error.add_note(note)
+        else:  # Python 3.10 shows no notes, but a program may read them
+            vars(error).setdefault("__notes__", []).append(note)
     return error
 
 
