@@ -86,7 +86,8 @@ void bind_oversight(py::module_& m) {
            py::arg("board"), py::arg("store"), py::arg("key"), py::arg("patience_seconds"))
       .def(
           "set_patience", [](Reporter& reporter, double seconds) { reporter.set_patience(nanoseconds(seconds)); },
-          py::arg("seconds"));
+          py::arg("seconds"))
+      .def("end_step", &Reporter::end_step);
 }
 
 }  // namespace pp_runtime

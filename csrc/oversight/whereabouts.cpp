@@ -114,32 +114,40 @@ void Reporter::set_patience(std::chrono::nanoseconds patience) {
   changed_.notify_all();
 }
 
+void Reporter::end_step() {
+  if (told_.load(std::memory_order_relaxed)) {
+    {
+      const std::lock_guard lock(mutex_);
+      look_now_ = true;
+    }
+    changed_.notify_all();
+  }
+}
+
 void Reporter::run() {
-  constexpr std::chrono::nanoseconds kNothing{-1};
-  std::chrono::nanoseconds reported = kNothing;
   std::unique_lock lock(mutex_);
-  for (; !stopping_; changed_.wait_for(lock, patience_ / 2)) {
+  while (!stopping_) {
     const std::chrono::nanoseconds patience = patience_;
+    look_now_ = false;
     lock.unlock();
     const Whereabouts now_at = board_->read_own();
     const bool long_there = std::chrono::steady_clock::now().time_since_epoch() - now_at.since > patience;
     try {
-      if (long_there && reported != now_at.since) {
-        report(&now_at);
-        reported = now_at.since;
-      } else if (!long_there && reported != kNothing) {
-        report(nullptr);
-        reported = kNothing;
+      if (long_there || told_) {
+        report(long_there ? &now_at : nullptr);
+        told_ = long_there;
       }
     } catch (const std::exception&) {
       // The store is gone. Whoever waits meets that too, and says so.
       return;
     }
     lock.lock();
+    changed_.wait_for(lock, patience / 2, [this, patience] { return stopping_ || look_now_ || patience_ != patience; });
   }
 }
 
-/// "operation stage microbatch peer other_stage wall-clock-seconds name"; empty where the rank went on.
+/// "operation stage microbatch peer other_stage since now name", the times in seconds of the wall clock; empty where
+/// the rank went on.
 void Reporter::report(const Whereabouts* whereabouts) {
   std::ostringstream text;
   if (whereabouts != nullptr) {
@@ -148,7 +156,8 @@ void Reporter::report(const Whereabouts* whereabouts) {
     const Activity& activity = whereabouts->activity;
     text.precision(15);
     text << activity.operation << ' ' << activity.stage << ' ' << activity.microbatch << ' ' << activity.peer << ' '
-         << activity.other_stage << ' ' << (wall_clock - ago).count() << ' ' << whereabouts->name;
+         << activity.other_stage << ' ' << (wall_clock - ago).count() << ' ' << wall_clock.count() << ' '
+         << whereabouts->name;
   }
   const std::string bytes = text.str();
   store_->set(key_, std::vector<uint8_t>(bytes.begin(), bytes.end()));

@@ -72,9 +72,10 @@ class Board {
   size_t own_rank_;
 };
 
-/// Tells the store where this rank is once it has been there for `patience`, for ranks that cannot read its board.
-/// A thread of its own, since the rank's threads may be in user code that never returns; it sleeps all but always, and
-/// speaks at most once an action.
+/// Tells the store where this rank is once it has been there for `patience`, for ranks that cannot read its board, and
+/// says again that it still is there every half of that; so a report is no older than that where its rank died, and a
+/// rank that went on has taken it back. A thread of its own, since the rank's threads may be in user code that never
+/// returns; it sleeps all but always.
 class Reporter {
  public:
   Reporter(std::shared_ptr<Board> board, c10::intrusive_ptr<c10d::Store> store, std::string key,
@@ -84,6 +85,10 @@ class Reporter {
   ~Reporter();
 
   void set_patience(std::chrono::nanoseconds patience);
+
+  /// Takes back what was told of the step that has ended, now and not when the thread looks next. Costs one read where
+  /// nothing was told.
+  void end_step();
 
  private:
   void run();
@@ -96,6 +101,8 @@ class Reporter {
   std::mutex mutex_;
   std::condition_variable changed_;
   bool stopping_ = false;
+  bool look_now_ = false;
+  std::atomic<bool> told_{false};
   std::thread thread_;
 };
 

@@ -120,6 +120,8 @@ class Runtime:
             if measuring:
                 self._set_meter(None)
         self._step += 1
+        if self._channels is not None and self._channels.lookout is not None:
+            self._channels.lookout.step_ended()
         holds_last = any(stage.is_last for stage in self._stages)
         outputs, losses = executor.take_outputs(), executor.take_losses()
         return StepResult(

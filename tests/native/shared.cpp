@@ -374,7 +374,7 @@ TEST(the_board_is_read_while_it_is_written) {
 TEST(a_reporter_tells_of_a_long_stay_and_takes_it_back) {
   const auto store = c10::make_intrusive<c10d::HashStore>();
   const auto board = std::make_shared<Board>(Board::make(1), 1, 0);
-  const Reporter reporter(board, store, "where", std::chrono::milliseconds(20));
+  Reporter reporter(board, store, "where", std::chrono::milliseconds(20));
   const auto told = [&] {
     const std::vector<uint8_t> bytes = store->get("where");
     return std::string(bytes.begin(), bytes.end());
@@ -385,6 +385,31 @@ TEST(a_reporter_tells_of_a_long_stay_and_takes_it_back) {
   }
   while (!told().empty()) {
     board->begin({.operation = 1, .stage = 2, .microbatch = 4});
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+}
+
+TEST(a_reporter_says_again_that_it_is_there_and_takes_it_back_when_the_step_ends) {
+  const auto store = c10::make_intrusive<c10d::HashStore>();
+  const auto board = std::make_shared<Board>(Board::make(1), 1, 0);
+  Reporter reporter(board, store, "where", std::chrono::milliseconds(20));
+  const auto told = [&] {
+    const std::vector<uint8_t> bytes = store->check({"where"}) ? store->get("where") : std::vector<uint8_t>();
+    return std::string(bytes.begin(), bytes.end());
+  };
+  board->begin({.operation = 1, .stage = 2, .microbatch = 3});
+  std::string first;
+  while ((first = told()).empty()) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+  while (told() == first) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+  EXPECT(told().find("1 2 3 -1 -1 ") == 0);
+  reporter.set_patience(std::chrono::hours(1));
+  board->begin({});
+  reporter.end_step();
+  while (!told().empty()) {
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
 }

@@ -75,6 +75,53 @@ def test_a_rank_lost_on_another_host_is_named_by_all(victim: int) -> None:
             assert met.facts["rank"] == victim, f"rank {rank}: {met}"
 
 
+class SlowOnce(nn.Module):
+    """Stays long in its first backward, so that the store is told of it; then dies in the second step's forward."""
+
+    def __init__(self, store: Any, dies_after: float) -> None:
+        super().__init__()
+        self.linear, self.calls, self.store, self.dies_after = nn.Linear(WIDTH, WIDTH), 0, store, dies_after
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == MICROBATCHES + 2:  # 1F1 of the second step
+            time.sleep(self.dies_after)
+            _die()
+        y = self.linear(x)
+        if self.calls == 1:
+            y.register_hook(lambda gradient: self._wait_until_told())
+        return y
+
+    def _wait_until_told(self) -> None:
+        while not self.store.check(["pp_runtime/0/whereabouts/1"]):
+            time.sleep(0.005)
+
+
+def _be_slow_and_die(rank: int, dies_after: float) -> Met | None:
+    _on_a_host_of_its_own(rank)
+    assert dist.group.WORLD is not None
+    store = dist.distributed_c10d._get_process_group_store(dist.group.WORLD)
+    stages = make_stages({rank: SlowOnce(store, dies_after) if rank else Stops(None)}, 2)
+    pipeline = make_schedule("1F1B", stages, MICROBATCHES, nn.functional.mse_loss)
+    pipeline.deadline = 2.0  # half of a quarter of it is how long a report may be out of date
+    step(pipeline, stages, rows_of_floats(2 * MICROBATCHES, 0))
+    return meet(lambda: step(pipeline, stages, rows_of_floats(2 * MICROBATCHES, 1)))
+
+
+def test_a_rank_that_dies_is_not_blamed_for_where_it_was_in_the_step_before() -> None:
+    met, _ = ranks.run(_be_slow_and_die, 2, deaths=[1], dies_after=0.0)
+    assert met is not None and met.facts["rank"] == 1, met
+    assert met.facts["action"] is None and "1B0" not in met.text and "before, it was" not in met.text, met
+
+
+def test_where_a_lost_rank_was_is_told_with_how_long_ago_that_is_known() -> None:
+    met, _ = ranks.run(_be_slow_and_die, 2, deaths=[1], dies_after=1.2)
+    assert met is not None and met.facts["rank"] == 1, met
+    told = re.search(r"; (\d\.\d) s before, it was in 1F1", met.text)
+    assert told is not None and float(told[1]) < 0.9, met  # not 1.2: it told again that it still was there
+    assert met.facts["action"] is None, met
+
+
 def _lose_the_store(rank: int, folder: str, apart: bool) -> Met | None:
     """As in a program that was started without torchrun: rank 0 keeps the store."""
     from pp_runtime.running.agreement import agreement

@@ -58,9 +58,11 @@ def _caused_by_peer(error: BaseException, agreement: Agreement, lookout: Lookout
         )
     if isinstance(error, _C.PeerLost):
         at = None if lookout is None else lookout.find(error.rank)
-        place = {} if at is None else at.place()
-        where = f"; it was in {place['action']}" if place.get("action") else ""
-        return FailureRecord(error.rank, "", f"{error}{where}", "", **place)
+        if at is None or at.action is None:
+            return FailureRecord(error.rank, "", str(error), "")
+        if at.known_ago:  # it may have gone on since then
+            return FailureRecord(error.rank, "", f"{error}; {at.known_ago:.1f} s before, it was in {at.action}", "")
+        return FailureRecord(error.rank, "", f"{error}; it was in {at.action}", "", **at.place())
     return None
 
 

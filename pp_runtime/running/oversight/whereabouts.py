@@ -23,7 +23,10 @@ _PATIENCE, _LONGEST_PATIENCE = 0.25, 5.0
 
 @dataclass(frozen=True, slots=True)
 class Whereabouts:
-    """What a rank is doing, and for how many seconds. ``peer`` is the rank it sends to or receives from."""
+    """What a rank is doing, and for how many seconds. ``peer`` is the rank it sends to or receives from.
+
+    ``known_ago`` is how many seconds before now this was known: 0 where its board can be read.
+    """
 
     operation: int = _OUTSIDE_STEP
     stage: int = -1
@@ -32,6 +35,7 @@ class Whereabouts:
     other_stage: int = -1
     seconds: float = 0.0
     name: str = ""
+    known_ago: float = 0.0
 
     @property
     def action(self) -> str | None:
@@ -63,13 +67,14 @@ class Whereabouts:
         }
 
     def __str__(self) -> str:
+        known = f", as it told {self.known_ago:.1f} s ago" if self.known_ago else ""
         if self.operation == _OUTSIDE_STEP:
-            return f"has been outside step() for {self.seconds:.1f} s"
+            return f"has been outside step() for {self.seconds:.1f} s{known}"
         if self.ends_step:
-            return f"did its part of the step {self.seconds:.1f} s ago"
+            return f"did its part of the step {self.seconds:.1f} s ago{known}"
         if self.awaited is not None:
-            return f"has waited {self.seconds:.1f} s for {self.awaited}"
-        return f"has been in {self.action} for {self.seconds:.1f} s"
+            return f"has waited {self.seconds:.1f} s for {self.awaited}{known}"
+        return f"has been in {self.action} for {self.seconds:.1f} s{known}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +107,11 @@ class Lookout:
         """Have this rank's reporter speak in time for the agreement's new deadline."""
         if self._reporter is not None:
             self._reporter.set_patience(_patience(self._agreement.deadline))
+
+    def step_ended(self) -> None:
+        """Have what was told of the step taken back, so that nobody is blamed for where it was."""
+        if self._reporter is not None:
+            self._reporter.end_step()
 
     def own(self) -> Whereabouts:
         """Where this rank is."""
@@ -158,11 +168,14 @@ def _patience(deadline: float) -> float:
 
 
 def _from_report(report: str) -> Whereabouts | None:
-    """From what csrc/oversight/whereabouts.cpp's Reporter wrote: six numbers, the last a time, and a name."""
-    fields = report.split(" ", 6)
+    """From what csrc/oversight/whereabouts.cpp's Reporter wrote: five numbers, since when and when, and a name."""
+    fields = report.split(" ", 7)
     try:
         operation, stage, microbatch, peer, other_stage = map(int, fields[:5])
-        return Whereabouts(operation, stage, microbatch, peer, other_stage, time.time() - float(fields[5]), fields[6])
+        since, told, name = float(fields[5]), float(fields[6]), fields[7]
+        # Another host's clock may be ahead.
+        ago = max(0.1, time.time() - told)
+        return Whereabouts(operation, stage, microbatch, peer, other_stage, told - since, name, ago)
     except (ValueError, IndexError):
         return None
 
