@@ -125,6 +125,7 @@ void Reporter::end_step() {
 }
 
 void Reporter::run() {
+  std::chrono::nanoseconds told_of{0};
   std::unique_lock lock(mutex_);
   while (!stopping_) {
     const std::chrono::nanoseconds patience = patience_;
@@ -133,9 +134,13 @@ void Reporter::run() {
     const Whereabouts now_at = board_->read_own();
     const bool long_there = std::chrono::steady_clock::now().time_since_epoch() - now_at.since > patience;
     try {
-      if (long_there || told_) {
-        report(long_there ? &now_at : nullptr);
-        told_ = long_there;
+      if (long_there) {
+        report(&now_at);
+        told_of = now_at.since;
+        told_ = true;
+      } else if (told_ && now_at.since != told_of) {
+        report(nullptr);
+        told_ = false;
       }
     } catch (const std::exception&) {
       // The store is gone. Whoever waits meets that too, and says so.
