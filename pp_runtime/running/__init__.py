@@ -10,6 +10,7 @@ from pp_runtime.running.agreement import (
     refuse_for,
     remember_group,
 )
+from pp_runtime.running.communicators import MakesCommunicator, register_communicator
 from pp_runtime.running.data_parallel import DataParallelAdapter, Wrapped
 from pp_runtime.running.gradients import (
     PipelineGradScaler,
@@ -64,6 +65,7 @@ __all__ = [
     "DEFAULT_CHUNK_DIM",
     "DTensorExchange",
     "DataParallelAdapter",
+    "MakesCommunicator",
     "PipelineGradScaler",
     "Runtime",
     "Signature",
@@ -98,6 +100,7 @@ __all__ = [
     "rebuild_args",
     "refusals_of",
     "refuse_for",
+    "register_communicator",
     "remember_group",
     "reverse_closure",
     "scale_gradients",

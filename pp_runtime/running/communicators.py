@@ -7,13 +7,15 @@ waits for. So a channel has one of its own; ``PP_RUNTIME_COMMUNICATORS`` chooses
 edge        one a channel: an edge and a direction (the default)
 direction   one for all activations from one rank to another, one for all gradients
 shared      the process group's own
+
+How one is made depends on the backend: NCCL and gloo are known, others are made known by :func:`register_communicator`.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,44 @@ from pp_runtime.planning import Channel
 from pp_runtime.running.agreement import group_or_world
 
 KINDS = ("edge", "direction", "shared")
+
+
+class MakesCommunicator(Protocol):
+    """Makes a backend of two ranks, on both of them at the same point; it may wait for the other rank.
+
+    The store is theirs alone; ``name`` is of no other communicator; ``global_ranks`` are the two in the world, in the
+    order of their ranks in the communicator.
+    """
+
+    def __call__(self, store: Any, rank: int, size: int, *, name: str, global_ranks: Sequence[int]) -> Any: ...
+
+
+_makers: dict[str, MakesCommunicator] = {}
+
+
+def register_communicator(backend: str, make: MakesCommunicator) -> None:
+    """Let channels have communicators of their own where the process group's backend calls itself ``backend``.
+
+    A communicator is a c10d ``Backend`` that sends and receives as NCCL's does: it queues behind the current stream,
+    ``wait()`` of its works makes the current stream wait and not the host, and ``abort()`` lets go of streams that
+    wait for a peer. Registering a name again replaces it.
+    """
+    _makers[backend] = make
+
+
+def _make_nccl(store: Any, rank: int, size: int, *, name: str, global_ranks: Sequence[int]) -> Any:
+    options: Any = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options.group_name = name
+    options.global_ranks_in_group = list(global_ranks)
+    return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+def _make_gloo(store: Any, rank: int, size: int, **_: Any) -> Any:
+    return dist.ProcessGroupGloo(store, rank, size, dist.distributed_c10d.default_pg_timeout)
+
+
+register_communicator("nccl", _make_nccl)
+register_communicator("gloo", _make_gloo)
 
 Key = tuple[int, ...]
 Message = tuple[int, int, bool, int | None]
@@ -85,19 +125,15 @@ class Communicators:
         store: Any = dist.distributed_c10d._get_process_group_store(self._group)
         prefixed = dist.PrefixStore(name, store.clone())
         pair = sorted((channel.sender, channel.receiver))
-        own_rank = pair.index(self._rank)
         backend = self._own.name()
-        if backend == "nccl":
-            options: Any = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-            options.group_name = name
-            options.global_ranks_in_group = [dist.get_global_rank(self._group, rank) for rank in pair]
-            return dist.ProcessGroupNCCL(prefixed, own_rank, 2, options)
-        if backend == "gloo":
-            return dist.ProcessGroupGloo(prefixed, own_rank, 2, dist.distributed_c10d.default_pg_timeout)
-        raise PipelineUsageError(
-            f"pp_runtime does not know how to make communicators of the backend {backend!r}: "
-            "set PP_RUNTIME_COMMUNICATORS=shared"
-        )
+        make = _makers.get(backend)
+        if make is None:
+            raise PipelineUsageError(
+                f"pp_runtime does not know how to make communicators of the backend {backend!r}: set "
+                "PP_RUNTIME_COMMUNICATORS=shared, or call pp_runtime.running.register_communicator for it"
+            )
+        global_ranks = [dist.get_global_rank(self._group, rank) for rank in pair]
+        return make(prefixed, pair.index(self._rank), 2, name=name, global_ranks=global_ranks)
 
     def _meet(self, key: Key, channel: Channel, device: torch.device) -> None:
         word = torch.zeros(1, device=device)

@@ -61,11 +61,17 @@ def held_by(rank: int, schedule: str, ranks: int, stages_per_rank: int) -> list[
     return [stage for stage, owner in enumerate(placement(schedule, ranks, stages_per_rank)) if owner == rank]
 
 
+CPU = torch.device("cpu")
+
+
 def make_stages(
-    modules: Mapping[int, nn.Module], num_stages: int, group: dist.ProcessGroup | None = None, **options: Any
+    modules: Mapping[int, nn.Module],
+    num_stages: int,
+    group: dist.ProcessGroup | None = None,
+    device: torch.device = CPU,
+    **options: Any,
 ) -> list[Any]:
-    """Pipeline stages around this rank's modules, on the CPU."""
-    device = torch.device("cpu")
+    """Pipeline stages around this rank's modules."""
     return [
         api.PipelineStage(module, index, num_stages, device, group=group, **options)
         for index, module in modules.items()
@@ -111,18 +117,22 @@ class Twins:
         group: dist.ProcessGroup | None = None,
         owners: Sequence[int] | None = None,
         make: Callable[..., Any] | None = None,
+        device: torch.device = CPU,
         **schedule_options: Any,
     ) -> None:
-        """``owners`` (the rank of each stage) and ``make`` take the place of the named schedule's own."""
+        """``owners`` (the rank of each stage) and ``make`` take the place of the named schedule's own.
+
+        The plain model is on the CPU, wherever the pipeline is.
+        """
         ranks = dist.get_world_size(group)
         owners = owners or placement(setting.schedule, ranks, setting.stages_per_rank)
-        self.setting, self.num_stages = setting, len(owners)
+        self.setting, self.num_stages, self.device = setting, len(owners), device
         self.example = models.build(MODELS[setting.model], self.num_stages)
         self.scale = schedule_options.get("scale_grads", True)
         piped = copy.deepcopy(self.example.stages)
         self.plain = nn.ModuleList(self.example.stages)
-        self.mine = {index: piped[index] for index, owner in enumerate(owners) if owner == rank}
-        self.stages = make_stages(self.mine, self.num_stages, group)
+        self.mine = {index: piped[index].to(device) for index, owner in enumerate(owners) if owner == rank}
+        self.stages = make_stages(self.mine, self.num_stages, group, device)
         arguments = (self.stages, setting.microbatches, self.example.loss_fn)
         self.schedule = (
             make(*arguments, **schedule_options)
@@ -147,7 +157,7 @@ class Twins:
             backward_orders(self.schedule),
             self.scale,
         )
-        got = step(self.schedule, self.stages, batch)
+        got = step(self.schedule, self.stages, batch.to(self.device))
         found = differences_of_step(name, got, expected, last=self.holds_last, exact=self.example.exact)
         found += self.differences(name)
         for optimizer in self.optimizers:
@@ -157,7 +167,7 @@ class Twins:
     def evaluate(self, name: str, batch: Batch) -> list[str]:
         """Outputs and losses of both without a backward; gradients must stay as they were."""
         expected = reference.evaluate(self.example.stages, batch, self.setting.microbatches, self.example.loss_fn)
-        got = step(self.schedule, self.stages, batch, "eval")
+        got = step(self.schedule, self.stages, batch.to(self.device), "eval")
         found = differences_of_step(name, got, expected, last=self.holds_last, exact=self.example.exact)
         return found + self.differences(name)
 

@@ -18,6 +18,15 @@ class Batch:
     target: Any = None
     kwargs: Mapping[str, Any] | None = None
 
+    def to(self, device: torch.device) -> Batch:
+        """The same with its tensors on the device."""
+        kwargs = {name: _moved(value, device) for name, value in (self.kwargs or {}).items()}
+        return Batch(tuple(_moved(arg, device) for arg in self.args), _moved(self.target, device), kwargs or None)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -110,11 +119,12 @@ def evaluate(
 
 
 def differences(name: str, got: Any, expected: Any, exact: bool = True) -> list[str]:
-    """Say where two values (tensors, None or sequences of them) differ; empty when they do not."""
+    """Say where two values (tensors, None or sequences of them) differ, wherever they lie; empty when they do not."""
     if isinstance(expected, tuple | list) and isinstance(got, tuple | list) and len(got) == len(expected):
         pairs = enumerate(zip(got, expected, strict=True))
         return [line for i, (a, b) in pairs for line in differences(f"{name}[{i}]", a, b, exact)]
     if isinstance(expected, Tensor) and isinstance(got, Tensor):
+        got = got.to(expected.device)
         if got.shape != expected.shape or got.dtype != expected.dtype:
             return [f"{name}: {got.dtype} {tuple(got.shape)}, not {expected.dtype} {tuple(expected.shape)}"]
         if torch.equal(got, expected) or (not exact and torch.allclose(got, expected, rtol=1e-5, atol=1e-6)):

@@ -1,0 +1,136 @@
+"""Builds the asynchronous device, and puts it under torch as ``sim``, its process group as ``simccl``.
+
+    sim = load()                    # in each process that wants it, after torch's import
+    group = new_group()             # of the world's ranks: host tensors over gloo, the device's over simccl
+
+The extension is built at its first use into ``build/async_device``, and again when its sources, torch or the flags have
+changed; a lock lets one process build and the others wait. It is part of the tests and never shipped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sysconfig
+import types
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pp_runtime.running import register_communicator
+
+HERE = Path(__file__).resolve().parent
+BUILD = HERE.parent.parent / "build" / "async_device"
+NAME = "_async_device"
+DEVICE = torch.device("privateuseone", 0)  # "sim", once it is loaded
+BACKEND = "simccl"
+FLAGS = "-std=c++20 -O1 -g0 -fPIC -fvisibility=hidden -Wall -Wextra -Werror".split()
+
+
+@functools.cache
+def load() -> Any:
+    """The extension's module, with the device and its backend known to torch and to pp_runtime."""
+    spec = importlib.util.spec_from_file_location(NAME, built())
+    assert spec is not None and spec.loader is not None
+    sim = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sim)
+    torch.utils.rename_privateuse1_backend("sim")
+    sim.register_device()
+    torch._register_device_module("sim", _device_module(sim))
+    dist.Backend.register_backend(BACKEND, functools.partial(_make_group, sim), devices=["sim"])
+    register_communicator(BACKEND, functools.partial(_make_communicator, sim))
+    return sim
+
+
+def new_group(ranks: list[int] | None = None) -> dist.ProcessGroup:
+    """A group of these ranks, or of all, that takes tensors of the host and of the device."""
+    load()
+    return dist.new_group(ranks, backend=f"cpu:gloo,sim:{BACKEND}")
+
+
+def _make_group(sim: Any, store: dist.Store, rank: int, size: int, timeout: Any) -> Any:
+    gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, timeout)
+    return sim.Group(store, rank, size, BACKEND, gloo)
+
+
+def _make_communicator(sim: Any, store: dist.Store, rank: int, size: int, **_: Any) -> Any:
+    return sim.Group(store, rank, size, BACKEND)
+
+
+def _device_module(sim: Any) -> types.ModuleType:
+    """What torch and its libraries look for as ``torch.sim``."""
+    module: Any = types.ModuleType("torch.sim")
+    module.is_available = module.is_initialized = lambda: True
+    module.device_count = lambda: 1
+    module.current_device = lambda: 0
+    module.set_device = lambda device: None
+    module._is_in_bad_fork = lambda: False
+    module.manual_seed_all = lambda seed: None  # random numbers are drawn from the host's generator
+    module.get_rng_state = lambda device=None: torch.get_rng_state()
+    module.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+    module.synchronize = lambda device=None: sim.synchronize()
+    module.current_stream = lambda device=None: torch.accelerator.current_stream()
+    module.device = lambda index: contextlib.nullcontext()
+    module.Stream, module.Event = torch.Stream, torch.Event
+    return module
+
+
+def built() -> Path:
+    """The extension's file, built if need be."""
+    sources = sorted((HERE / "csrc").glob("*.cpp"))
+    digest = hashlib.sha256(" ".join([torch.__version__, sysconfig.get_python_version(), *FLAGS]).encode())
+    for path in sorted((HERE / "csrc").iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    target = BUILD / digest.hexdigest()[:16] / f"{NAME}.so"
+    with _locked(BUILD / "lock"):
+        if not target.exists():
+            _build(sources, target)
+    return target
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(sources: list[Path], target: Path) -> None:
+    from torch.utils import cpp_extension
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    includes = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
+    flags = FLAGS + [word for path in includes for word in ("-isystem", path)]
+    objects = [target.with_name(f"{source.stem}.o") for source in sources]
+
+    def compile_one(source: Path, made: Path) -> None:
+        _run(["g++", *flags, "-c", str(source), "-o", str(made)])
+
+    # The largest first, so that no core is idle in the end.
+    pairs = sorted(zip(sources, objects, strict=True), key=lambda pair: -pair[0].stat().st_size)
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
+        list(pool.map(lambda pair: compile_one(*pair), pairs))
+    libraries = Path(torch.__file__).parent / "lib"
+    linked = target.with_suffix(".new")
+    names = ["-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10"]
+    _run(["g++", "-shared", *map(str, objects), "-o", str(linked), f"-L{libraries}", *names, f"-Wl,-rpath,{libraries}"])
+    linked.rename(target)
+    for made in objects:
+        made.unlink()
+
+
+def _run(command: list[str]) -> None:
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        raise RuntimeError(f"building the asynchronous device failed: {' '.join(command)}\n{finished.stderr[-8000:]}")
