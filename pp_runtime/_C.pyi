@@ -93,7 +93,7 @@ class C10dConfirmation(Confirmation):
 
 class LaneLog:
     def __init__(self, omitted_wait: int = -1) -> None: ...
-    def records(self) -> list[tuple[str, int, int, str, list[str], list[str]]]: ...
+    def records(self) -> list[tuple[str, int, int, str, list[str], list[str], int]]: ...
     def names(self) -> list[tuple[int, str]]: ...
 
 class Lanes:
@@ -101,15 +101,68 @@ class Lanes:
     def __init__(self, device: torch.device) -> None: ...
     @overload
     def __init__(self, log: LaneLog) -> None: ...
+    @property
+    def device(self) -> torch.device: ...
 
-class LanePath:
-    def __init__(self, lanes: Lanes, communicator: Any, peer: int, slots: int, owned: bool) -> None: ...
+class PeerMemory:
+    @property
+    def name(self) -> str: ...
 
-class LaneSendChannel(C10dSendChannel):
-    def __init__(self, path: C10dPath, on_device: LanePath, watch: Watch, guard: WaitGuard) -> None: ...
+class RecordedPeerMemory(PeerMemory):
+    def __init__(self) -> None: ...
 
-class LaneReceiveChannel(C10dReceiveChannel):
-    def __init__(self, path: C10dPath, on_device: LanePath, watch: Watch, guard: WaitGuard) -> None: ...
+class PeerPage:
+    def __init__(self, memory: PeerMemory) -> None: ...
+    @property
+    def fd(self) -> int: ...
+    @staticmethod
+    def opens(memory: PeerMemory, pid: int, fd: int) -> bool: ...
+
+class CudaPeerMemory(PeerMemory):
+    """Of CUDA builds only."""
+
+    def __init__(self, device: torch.device) -> None: ...
+
+class CommunicatorPath:
+    def __init__(
+        self,
+        lanes: Lanes,
+        name: str,
+        memory: torch.device,
+        communicator: Any,
+        peer: int,
+        tag: int,
+        slots: int,
+        owned: bool,
+    ) -> None: ...
+
+class CommunicatorSendChannel(SendChannel):
+    def __init__(self, host: SendChannel, path: CommunicatorPath, watch: Watch, guard: WaitGuard) -> None: ...
+
+class CommunicatorReceiveChannel(ReceiveChannel):
+    def __init__(self, host: ReceiveChannel, path: CommunicatorPath, watch: Watch, guard: WaitGuard) -> None: ...
+
+class DevicePath:
+    def __init__(self, lanes: Lanes, name: str, memory: torch.device, peer_memory: PeerMemory | None) -> None: ...
+
+class DeviceSendChannel(SendChannel):
+    def __init__(
+        self,
+        host: SendChannel,
+        path: DevicePath,
+        control: Segment,
+        receiver_device: str,
+        credits: int,
+        watch: Watch,
+        spin_ns: int,
+    ) -> None: ...
+    @staticmethod
+    def make_control() -> Segment: ...
+
+class DeviceReceiveChannel(ReceiveChannel):
+    def __init__(
+        self, host: ReceiveChannel, path: DevicePath, rank: int, pid: int, control_fd: int, watch: Watch
+    ) -> None: ...
 
 class Token:
     def __init__(self, value: int) -> None: ...

@@ -283,6 +283,13 @@ std::vector<TraceRecord> Executor::take_trace() {
 }
 
 void Executor::clear() {
+  // First, so that whoever waits for the device below does not wait for a peer.
+  for (const auto& channel : send_channels_) {
+    channel->abandon();
+  }
+  for (const auto& channel : receive_channels_) {
+    channel->abandon();
+  }
   values_.clear();
   for (const auto& stage : stages_) {
     stage->clear();

@@ -24,6 +24,11 @@ struct RecordedEvent {
 
 thread_local int64_t current_lane = 0;
 
+int64_t now() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
 /// A device as slow as it can be: an event has passed only for a host that stands still and asks for it.
 class RecordedDevice : public c10::impl::DeviceGuardImplInterface {
  public:
@@ -112,24 +117,36 @@ void LaneLog::name(int64_t lane, std::string text) {
 
 void LaneLog::work(int64_t lane, std::string text, std::vector<std::string> reads, std::vector<std::string> writes) {
   const std::lock_guard lock(mutex_);
-  records_.push_back({LaneRecord::Kind::kWork, lane, 0, std::move(text), std::move(reads), std::move(writes)});
+  records_.push_back({LaneRecord::Kind::kWork, lane, 0, std::move(text), std::move(reads), std::move(writes), now()});
 }
 
 void LaneLog::mark(int64_t lane, uint64_t event) {
   const std::lock_guard lock(mutex_);
-  records_.push_back({LaneRecord::Kind::kMark, lane, event, {}, {}, {}});
+  records_.push_back({LaneRecord::Kind::kMark, lane, event, {}, {}, {}, now()});
 }
 
 void LaneLog::wait(int64_t lane, uint64_t event) {
   const std::lock_guard lock(mutex_);
   if (waits_++ != omitted_wait_) {
-    records_.push_back({LaneRecord::Kind::kWait, lane, event, {}, {}, {}});
+    records_.push_back({LaneRecord::Kind::kWait, lane, event, {}, {}, {}, now()});
   }
 }
 
 void LaneLog::passed(uint64_t event) {
   const std::lock_guard lock(mutex_);
-  records_.push_back({LaneRecord::Kind::kPassed, 0, event, {}, {}, {}});
+  records_.push_back({LaneRecord::Kind::kPassed, 0, event, {}, {}, {}, now()});
+}
+
+void LaneLog::signal(int64_t lane, std::string number, uint64_t value) {
+  const std::lock_guard lock(mutex_);
+  records_.push_back({LaneRecord::Kind::kSignal, lane, value, std::move(number), {}, {}, now()});
+}
+
+void LaneLog::await(int64_t lane, std::string number, uint64_t value) {
+  const std::lock_guard lock(mutex_);
+  if (waits_++ != omitted_wait_) {
+    records_.push_back({LaneRecord::Kind::kAwait, lane, value, std::move(number), {}, {}, now()});
+  }
 }
 
 std::vector<LaneRecord> LaneLog::records() const {

@@ -20,7 +20,12 @@ struct LaneRecord {
     /// A lane was made to wait for an event.
     kWait,
     /// The host learned that an event has passed.
-    kPassed
+    kPassed,
+    /// A number that other ranks' lanes wait for (`text`) was set to `event` on a lane, once what is queued there is
+    /// done.
+    kSignal,
+    /// A lane was made to wait until the number is `event`.
+    kAwait
   };
   Kind kind;
   int64_t lane;
@@ -28,6 +33,8 @@ struct LaneRecord {
   std::string text;
   std::vector<std::string> reads;
   std::vector<std::string> writes;
+  /// When the host asked, on the clock that all ranks of a host share.
+  int64_t time_ns;
 };
 
 /// What a step asked of its lanes, for the proof that it was in order (pp_runtime/planning/lane_order.py). Any thread.
@@ -41,6 +48,8 @@ class LaneLog {
   void mark(int64_t lane, uint64_t event);
   void wait(int64_t lane, uint64_t event);
   void passed(uint64_t event);
+  void signal(int64_t lane, std::string number, uint64_t value);
+  void await(int64_t lane, std::string number, uint64_t value);
 
   std::vector<LaneRecord> records() const;
   std::vector<std::pair<int64_t, std::string>> names() const;

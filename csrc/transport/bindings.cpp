@@ -1,8 +1,9 @@
 #include "bindings.h"
 #include "transport/c10d.h"
 #include "transport/c10d_confirmation.h"
-#include "transport/c10d_lanes.h"
+#include "transport/communicator_channel.h"
 #include "transport/confirmation.h"
+#include "transport/device_memory.h"
 #include "transport/shared_memory.h"
 #include "transport/token.h"
 
@@ -77,18 +78,51 @@ void bind_c10d(py::module_& m) {
            py::arg("own_rank"), py::arg("guard"));
 }
 
-void bind_c10d_lanes(py::module_& m) {
-  py::class_<LanePath>(m, "LanePath")
-      .def(py::init([](std::shared_ptr<Lanes> lanes, c10::intrusive_ptr<c10d::Backend> communicator, int peer,
-                       size_t slots,
-                       bool owned) { return LanePath{std::move(lanes), std::move(communicator), peer, slots, owned}; }),
-           py::arg("lanes"), py::arg("communicator"), py::arg("peer"), py::arg("slots"), py::arg("owned"));
-  py::class_<LaneSendChannel, C10dSendChannel, std::shared_ptr<LaneSendChannel>>(m, "LaneSendChannel")
-      .def(py::init<C10dPath, LanePath, std::shared_ptr<Watch>, std::shared_ptr<WaitGuard>>(), py::arg("path"),
-           py::arg("on_device"), py::arg("watch"), py::arg("guard"));
-  py::class_<LaneReceiveChannel, C10dReceiveChannel, std::shared_ptr<LaneReceiveChannel>>(m, "LaneReceiveChannel")
-      .def(py::init<C10dPath, LanePath, std::shared_ptr<Watch>, std::shared_ptr<WaitGuard>>(), py::arg("path"),
-           py::arg("on_device"), py::arg("watch"), py::arg("guard"));
+void bind_communicators(py::module_& m) {
+  py::class_<CommunicatorPath>(m, "CommunicatorPath")
+      .def(py::init([](std::shared_ptr<Lanes> lanes, std::string name, at::Device memory,
+                       c10::intrusive_ptr<c10d::Backend> communicator, int peer, int tag, size_t slots, bool owned) {
+             return CommunicatorPath{
+                 std::move(lanes), std::move(name), memory, std::move(communicator), peer, tag, slots, owned};
+           }),
+           py::arg("lanes"), py::arg("name"), py::arg("memory"), py::arg("communicator"), py::arg("peer"),
+           py::arg("tag"), py::arg("slots"), py::arg("owned"));
+  py::class_<CommunicatorSendChannel, SendChannel, std::shared_ptr<CommunicatorSendChannel>>(m,
+                                                                                             "CommunicatorSendChannel")
+      .def(py::init<std::shared_ptr<SendChannel>, CommunicatorPath, std::shared_ptr<Watch>,
+                    std::shared_ptr<WaitGuard>>(),
+           py::arg("host"), py::arg("path"), py::arg("watch"), py::arg("guard"));
+  py::class_<CommunicatorReceiveChannel, ReceiveChannel, std::shared_ptr<CommunicatorReceiveChannel>>(
+      m, "CommunicatorReceiveChannel")
+      .def(py::init<std::shared_ptr<ReceiveChannel>, CommunicatorPath, std::shared_ptr<Watch>,
+                    std::shared_ptr<WaitGuard>>(),
+           py::arg("host"), py::arg("path"), py::arg("watch"), py::arg("guard"));
+}
+
+void bind_device_memory(py::module_& m) {
+  py::class_<DevicePath>(m, "DevicePath")
+      .def(py::init([](std::shared_ptr<Lanes> lanes, std::string name, at::Device memory,
+                       std::shared_ptr<PeerMemory> peer_memory) {
+             return DevicePath{std::move(lanes), std::move(name), memory, std::move(peer_memory)};
+           }),
+           py::arg("lanes"), py::arg("name"), py::arg("memory"), py::arg("peer_memory"));
+  py::class_<DeviceSendChannel, SendChannel, std::shared_ptr<DeviceSendChannel>>(m, "DeviceSendChannel")
+      .def(py::init([](std::shared_ptr<SendChannel> host, DevicePath path, std::shared_ptr<Segment> control,
+                       std::string receiver_device, uint32_t credits, std::shared_ptr<Watch> watch, int64_t spin_ns) {
+             return std::make_shared<DeviceSendChannel>(std::move(host), std::move(path), std::move(control),
+                                                        std::move(receiver_device), credits, std::move(watch),
+                                                        SpinTime{.value = std::chrono::nanoseconds(spin_ns)});
+           }),
+           py::arg("host"), py::arg("path"), py::arg("control"), py::arg("receiver_device"), py::arg("credits"),
+           py::arg("watch"), py::arg("spin_ns"))
+      .def_static("make_control", &DeviceSendChannel::make_control);
+  py::class_<DeviceReceiveChannel, ReceiveChannel, std::shared_ptr<DeviceReceiveChannel>>(m, "DeviceReceiveChannel")
+      .def(py::init([](std::shared_ptr<ReceiveChannel> host, DevicePath path, int rank, int64_t pid, int control_fd,
+                       std::shared_ptr<Watch> watch) {
+             return std::make_shared<DeviceReceiveChannel>(
+                 std::move(host), std::move(path), Peer{.rank = rank, .pid = pid}, control_fd, std::move(watch));
+           }),
+           py::arg("host"), py::arg("path"), py::arg("rank"), py::arg("pid"), py::arg("control_fd"), py::arg("watch"));
 }
 
 }  // namespace
@@ -101,7 +135,8 @@ void bind_transport(py::module_& m) {
   bind_message(m);
   bind_shared_memory(m);
   bind_c10d(m);
-  bind_c10d_lanes(m);
+  bind_communicators(m);
+  bind_device_memory(m);
 }
 
 }  // namespace pp_runtime

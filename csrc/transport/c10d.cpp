@@ -23,8 +23,6 @@ struct BlockHead {
   /// Where the description is too long for the block, it comes whole in a message of its own.
   uint8_t description_follows;
   uint8_t payload_inside;
-  /// Whether this channel's tensors may lie in its blocks, so that blocks of their size are worth having.
-  uint8_t carries_inside;
 };
 
 at::Tensor bytes_on_host(size_t bytes) { return at::empty({static_cast<int64_t>(bytes)}, at::kByte); }
@@ -38,7 +36,7 @@ size_t payload_at(size_t description_bytes) {
 
 /// A pending operation may still be written to by the backend's thread, so what it uses is kept for the process's life.
 template <typename Pending>
-void abandon(Pending& pending) {
+void keep_for_ever(Pending& pending) {
   static std::mutex mutex;
   static auto* kept = new std::vector<std::pair<c10::intrusive_ptr<c10d::Work>, at::Tensor>>();
   const std::lock_guard lock(mutex);
@@ -53,20 +51,6 @@ std::shared_ptr<void> holder_of(const at::Tensor& buffer) { return std::make_sha
 
 }  // namespace
 
-std::vector<at::Tensor> unpack(const at::Tensor& buffer, size_t offset, const MessageSpec& spec,
-                               const std::shared_ptr<void>& holder) {
-  std::vector<at::Tensor> tensors;
-  tensors.reserve(spec.tensors.size());
-  for (const TensorSpec& tensor : spec.tensors) {
-    if (!tensor.defined) {
-      tensors.emplace_back();
-    } else {
-      tensors.push_back(tensor.view(data(buffer) + offset, [holder](void*) {}, buffer.options()));
-    }
-  }
-  return tensors;
-}
-
 void BlockSize::saw(size_t needed) { largest_needed_ = std::max(largest_needed_.value_or(0), needed); }
 
 void BlockSize::next_step() {
@@ -79,7 +63,7 @@ void BlockSize::next_step() {
 C10dSendChannel::C10dSendChannel(C10dPath path, std::shared_ptr<Watch> watch, std::shared_ptr<WaitGuard> guard)
     : path_(std::move(path)), watch_(std::move(watch)), guard_(std::move(guard)) {}
 
-C10dSendChannel::~C10dSendChannel() { abandon(in_flight_); }
+C10dSendChannel::~C10dSendChannel() { keep_for_ever(in_flight_); }
 
 void C10dSendChannel::post(at::Tensor buffer, int tag) {
   std::vector<at::Tensor> buffers = {buffer};
@@ -103,14 +87,13 @@ void C10dSendChannel::send(Message message) {
   const MessageSpec spec = MessageSpec::of(message);
   const std::string description = spec.encode();
   const size_t needed = payload_at(description.size()) + spec.payload_bytes;
-  const bool inside = carries_inside() && needed <= block_size_.bytes();
+  const bool inside = needed <= block_size_.bytes();
   const bool follows = sizeof(BlockHead) + description.size() > block_size_.bytes();
-  block_size_.saw(carries_inside() ? needed : 0);
+  block_size_.saw(needed);
   at::Tensor block = bytes_on_host(block_size_.bytes());
   const BlockHead head = {.description_bytes = static_cast<uint32_t>(description.size()),
                           .description_follows = static_cast<uint8_t>(follows),
-                          .payload_inside = static_cast<uint8_t>(inside),
-                          .carries_inside = static_cast<uint8_t>(carries_inside())};
+                          .payload_inside = static_cast<uint8_t>(inside)};
   std::memcpy(data(block), &head, sizeof(head));
   if (!follows) {
     std::memcpy(data(block) + sizeof(head), description.data(), description.size());
@@ -126,11 +109,11 @@ void C10dSendChannel::send(Message message) {
     post(std::move(whole), path_.tag + 1);
   }
   if (!inside && spec.payload_bytes > 0) {
-    send_payload(std::move(message), spec);
+    send_payload(message, spec);
   }
 }
 
-void C10dSendChannel::send_payload(Message message, const MessageSpec& spec) {
+void C10dSendChannel::send_payload(const Message& message, const MessageSpec& spec) {
   at::Tensor buffer = bytes_on_host(spec.payload_bytes);
   pack(message, spec, data(buffer));
   post(std::move(buffer), path_.tag + 1);
@@ -144,7 +127,7 @@ void C10dSendChannel::finish_step() {
 C10dReceiveChannel::C10dReceiveChannel(C10dPath path, std::shared_ptr<Watch> watch, std::shared_ptr<WaitGuard> guard)
     : path_(std::move(path)), watch_(std::move(watch)), guard_(std::move(guard)) {}
 
-C10dReceiveChannel::~C10dReceiveChannel() { abandon(posted_); }
+C10dReceiveChannel::~C10dReceiveChannel() { keep_for_ever(posted_); }
 
 void C10dReceiveChannel::begin_step(size_t messages) {
   block_size_.next_step();
@@ -184,7 +167,7 @@ Message C10dReceiveChannel::receive() {
   }
   MessageSpec spec = MessageSpec::decode(description, head.description_bytes);
   const size_t needed = payload_at(head.description_bytes) + spec.payload_bytes;
-  block_size_.saw(head.carries_inside != 0 ? needed : 0);
+  block_size_.saw(needed);
   Message message{.frame = spec.frame,
                   .tensors = {},
                   .requires_grad = {},

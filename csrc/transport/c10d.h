@@ -49,8 +49,8 @@ struct C10dPath {
 /// receives before it knows the shapes: in the first step a small one, then what the largest message of the step before
 /// would have fitted in. A message that fits lies whole in its block; of others the tensors follow packed into one
 /// buffer under the next tag, and are asked for when the block is there. Tensors of other devices go through
-/// c10d_lanes.h.
-class C10dSendChannel : public SendChannel {
+/// communicator_channel.h.
+class C10dSendChannel final : public SendChannel {
  public:
   C10dSendChannel(C10dPath path, std::shared_ptr<Watch> watch, std::shared_ptr<WaitGuard> guard);
   ~C10dSendChannel() override;
@@ -59,22 +59,13 @@ class C10dSendChannel : public SendChannel {
   void send(Message message) override;
   void finish_step() override;
 
- protected:
-  /// Whether a small message's tensors may lie in its block.
-  virtual bool carries_inside() const { return true; }
-  /// Sends tensors that do not lie in the block.
-  virtual void send_payload(Message message, const MessageSpec& spec);
-
-  const C10dPath& path() const { return path_; }
-  Watch& watch() const { return *watch_; }
-  WaitGuard& guard() const { return *guard_; }
-
  private:
   struct Sent {
     c10::intrusive_ptr<c10d::Work> work;
     at::Tensor buffer;
     bool begins_message;
   };
+  void send_payload(const Message& message, const MessageSpec& spec);
   void post(at::Tensor buffer, int tag);
   void reap(size_t keep);
 
@@ -87,7 +78,7 @@ class C10dSendChannel : public SendChannel {
 };
 
 /// The receiving end. Keeps some receives of blocks posted ahead of need.
-class C10dReceiveChannel : public ReceiveChannel {
+class C10dReceiveChannel final : public ReceiveChannel {
  public:
   C10dReceiveChannel(C10dPath path, std::shared_ptr<Watch> watch, std::shared_ptr<WaitGuard> guard);
   ~C10dReceiveChannel() override;
@@ -96,19 +87,12 @@ class C10dReceiveChannel : public ReceiveChannel {
   void begin_step(size_t messages) override;
   Message receive() override;
 
- protected:
-  /// Receives tensors that do not lie in the block.
-  virtual void receive_payload(Message& message, const MessageSpec& spec);
-
-  const C10dPath& path() const { return path_; }
-  Watch& watch() const { return *watch_; }
-  WaitGuard& guard() const { return *guard_; }
-
  private:
   struct Posted {
     c10::intrusive_ptr<c10d::Work> work;
     at::Tensor buffer;
   };
+  void receive_payload(Message& message, const MessageSpec& spec);
   void post_ahead();
   at::Tensor receive_more(size_t bytes);
 
@@ -119,9 +103,5 @@ class C10dReceiveChannel : public ReceiveChannel {
   size_t to_post_ = 0;
   BlockSize block_size_;
 };
-
-/// The tensors of `spec` as views of one packed buffer, from `offset` on; they keep `holder` alive.
-std::vector<at::Tensor> unpack(const at::Tensor& buffer, size_t offset, const MessageSpec& spec,
-                               const std::shared_ptr<void>& holder);
 
 }  // namespace pp_runtime

@@ -258,10 +258,33 @@ at::Tensor TensorSpec::view(char* payload, const std::function<void(void*)>& rel
   if (bytes == 0) {
     return at::empty(sizes, options.dtype(dtype));
   }
+  // Without a target torch asks the driver where the pointer leads, and memory of another device would name that.
+  const std::optional<at::Device> device = options.device_opt();
+  char* data = payload + offset;
   if (strides.empty()) {
-    return at::from_blob(payload + offset, sizes, release, options.dtype(dtype));
+    return at::for_blob(data, sizes).deleter(release).options(options.dtype(dtype)).target_device(device).make_tensor();
   }
-  return at::from_blob(payload + offset, sizes, strides, release, options.dtype(dtype));
+  return at::for_blob(data, sizes)
+      .strides(strides)
+      .deleter(release)
+      .options(options.dtype(dtype))
+      .target_device(device)
+      .make_tensor();
+}
+
+std::vector<at::Tensor> unpack(const at::Tensor& buffer, size_t offset, const MessageSpec& spec,
+                               const std::shared_ptr<void>& holder) {
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(spec.tensors.size());
+  for (const TensorSpec& tensor : spec.tensors) {
+    if (!tensor.defined) {
+      tensors.emplace_back();
+    } else {
+      tensors.push_back(
+          tensor.view(static_cast<char*>(buffer.mutable_data_ptr()) + offset, [holder](void*) {}, buffer.options()));
+    }
+  }
+  return tensors;
 }
 
 }  // namespace pp_runtime

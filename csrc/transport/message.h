@@ -80,4 +80,8 @@ constexpr size_t align_up(size_t value, size_t alignment) { return (value + alig
 /// Copies the tensors (with any strides) into `payload` at the offsets of `spec`.
 void pack(const Message& message, const MessageSpec& spec, char* payload);
 
+/// The tensors of `spec` as views of one packed buffer, from `offset` on; they keep `holder` alive.
+std::vector<at::Tensor> unpack(const at::Tensor& buffer, size_t offset, const MessageSpec& spec,
+                               const std::shared_ptr<void>& holder);
+
 }  // namespace pp_runtime

@@ -19,6 +19,9 @@ class SendChannel {
 
   /// Called once at the end of a step: returns when nothing of the step is needed from the caller any more.
   virtual void finish_step() = 0;
+
+  /// Called once, after a step failed: lets go of everything on a device that waits for the peer.
+  virtual void abandon() noexcept {}
 };
 
 /// The receiving end of a channel. Used by the executor's thread only, without the GIL.
@@ -34,6 +37,9 @@ class ReceiveChannel {
 
   /// The next message of the channel; waits for it, and throws what `Watch::look` throws meanwhile.
   virtual Message receive() = 0;
+
+  /// As the sending end's.
+  virtual void abandon() noexcept {}
 };
 
 }  // namespace pp_runtime

@@ -6,24 +6,35 @@ of every lane's work is done for certain when its next work begins.
 
     lane A   write x | mark 1                      A: 1
     lane B                   wait 1 | read x       B's clock holds A: 1, so the read is after the write
+
+Ranks that write into each other's memory have numbers that a lane of one sets and a lane of another waits for. Their
+recordings are merged by time: a lane that was made to wait before the number's setting was queued could wait for ever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+# Begins the names of what several ranks use.
+SHARED = "shared "
+
 
 class LaneEntry(NamedTuple):
-    """One thing asked of a device: ``kind`` is work, mark, wait, or passed (the host learned that an event has)."""
+    """One thing asked of a device, at a time in nanoseconds.
+
+    ``kind`` is work, mark, wait, passed (the host learned that an event has), or, of a number that ranks share and
+    ``text`` names, signal (a lane sets it to ``event``) and await (a lane waits until it is).
+    """
 
     kind: str
     lane: str
-    event: int
+    event: Hashable
     text: str
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+    time: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,21 +70,68 @@ class _Memory:
     read: list[Access] = field(default_factory=list)
 
 
-def races(entries: Iterable[LaneEntry]) -> list[Race]:
-    """Every two uses of one memory that nothing puts in order; none is the proof."""
+@dataclass(frozen=True, slots=True)
+class Unsent:
+    """A lane that was made to wait for a number before anybody was asked to set it: it could wait for ever."""
+
+    number: str
+    value: Hashable
+    lane: str
+
+    def __str__(self) -> str:
+        return f"lane '{self.lane}' waits for '{self.number}' to be {self.value}, which was not queued before"
+
+
+def merged(recordings: Mapping[int, Sequence[LaneEntry]]) -> list[LaneEntry]:
+    """The recordings of the ranks of one host as one, by time; what is not shared gets its rank's name."""
+
+    def of(rank: int, name: str) -> str:
+        return name if name.startswith(SHARED) else f"{name}, rank {rank}"
+
+    return sorted(
+        (
+            entry._replace(
+                lane=of(rank, entry.lane),
+                event=entry.event if entry.kind in ("signal", "await") else (rank, entry.event),
+                reads=tuple(of(rank, name) for name in entry.reads),
+                writes=tuple(of(rank, name) for name in entry.writes),
+            )
+            for rank, entries in recordings.items()
+            for entry in entries
+        ),
+        key=lambda entry: entry.time,
+    )
+
+
+def races(entries: Iterable[LaneEntry]) -> list[Race | Unsent]:
+    """Every two uses of one memory that nothing puts in order, every wait that could last for ever; none is the proof.
+
+    In the recording of one rank alone, what it waits for of another is not looked at.
+    """
+    entries = list(entries)
+    whole = any(isinstance(entry.event, tuple) for entry in entries)
     clocks: dict[str, Clock] = {}
-    marks: dict[int, Clock] = {}
-    host: Clock = {}
+    marks: dict[Hashable, Clock] = {}
+    signals: dict[tuple[str, Hashable], Clock] = {}
+    hosts: dict[Hashable, Clock] = {}
     memories: dict[str, _Memory] = {}
-    found: list[Race] = []
+    found: list[Race | Unsent] = []
     for entry in entries:
         clock = clocks.setdefault(entry.lane, {})
+        host = hosts.setdefault(entry.lane.rpartition(", rank ")[2] if whole else "", {})
         if entry.kind == "wait":
             _join(clock, marks[entry.event])
         elif entry.kind == "passed":
             _join(host, marks[entry.event])
         elif entry.kind == "mark":
             marks[entry.event] = dict(clock)
+        elif entry.kind == "signal":
+            signals[entry.text, entry.event] = dict(clock)
+        elif entry.kind == "await":
+            if (entry.text, entry.event) in signals:
+                _join(clock, signals[entry.text, entry.event])
+            elif whole:
+                found.append(Unsent(entry.text, entry.event, entry.lane))
         else:
             # Whatever the host knew when it queued the work is before it.
             _join(clock, host)

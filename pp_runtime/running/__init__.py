@@ -21,6 +21,7 @@ from pp_runtime.running.gradients import (
     ties_of,
 )
 from pp_runtime.running.meter import Signature, loads_of
+from pp_runtime.running.peer_memory import MakesPeerMemory, register_peer_memory
 from pp_runtime.running.runtime import Runtime
 from pp_runtime.running.stages import (
     ChunkMethods,
@@ -66,6 +67,7 @@ __all__ = [
     "DTensorExchange",
     "DataParallelAdapter",
     "MakesCommunicator",
+    "MakesPeerMemory",
     "PipelineGradScaler",
     "Runtime",
     "Signature",
@@ -101,6 +103,7 @@ __all__ = [
     "refusals_of",
     "refuse_for",
     "register_communicator",
+    "register_peer_memory",
     "remember_group",
     "reverse_closure",
     "scale_gradients",

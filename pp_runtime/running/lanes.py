@@ -27,8 +27,8 @@ class LaneRecording:
         """Everything so far."""
         names = dict(self._log.names())
         return [
-            LaneEntry(kind, names.get(lane, f"stream {lane}"), event, text, tuple(reads), tuple(writes))
-            for kind, lane, event, text, reads, writes in self._log.records()
+            LaneEntry(kind, names.get(lane, f"stream {lane}"), event, text, tuple(reads), tuple(writes), time)
+            for kind, lane, event, text, reads, writes, time in self._log.records()
         ]
 
 
@@ -36,7 +36,7 @@ class LaneRecording:
 def recorded_lanes(omitted_wait: int = -1) -> Iterator[LaneRecording]:
     """Runtimes of CPU stages that open their channels in this context have lanes, and these are recorded.
 
-    They send through the process group, as an accelerator's do. ``omitted_wait`` leaves the wait of that number out of
+    They send through the process group, as an accelerator's do; with PP_RUNTIME_TRANSPORT=device into each other's memory. ``omitted_wait`` leaves the wait of that number out of
     the recording, as if the runtime had forgotten it.
     """
     global _log
