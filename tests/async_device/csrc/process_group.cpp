@@ -220,6 +220,21 @@ c10::intrusive_ptr<c10d::Work> Group::broadcast(std::vector<at::Tensor>& tensors
                           });
 }
 
+c10::intrusive_ptr<c10d::Work> Group::allgather(std::vector<std::vector<at::Tensor>>& outputs,
+                                                std::vector<at::Tensor>& inputs,
+                                                const c10d::AllgatherOptions& options) {
+  std::vector<at::Tensor> into;
+  for (const at::Tensor& output : outputs.at(0)) {
+    into.push_back(on_cpu(output));
+  }
+  return queue_collective("allgather", {inputs.at(0)}, outputs.at(0),
+                          [options, into, from = on_cpu(inputs.at(0))](c10d::Backend& backend) {
+                            std::vector<std::vector<at::Tensor>> to = {into};
+                            std::vector<at::Tensor> given = {from};
+                            return backend.allgather(to, given, options);
+                          });
+}
+
 c10::intrusive_ptr<c10d::Work> Group::_allgather_base(at::Tensor& output, at::Tensor& input,
                                                       const c10d::AllgatherOptions& options) {
   return queue_collective("allgather", {input}, {output},

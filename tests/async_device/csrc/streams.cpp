@@ -3,6 +3,7 @@
 #include "log.h"
 #include "settings.h"
 
+#include <c10/util/Exception.h>
 #include <sys/prctl.h>
 
 #include <algorithm>
@@ -88,6 +89,8 @@ void Stream::run() {
     clock = std::max(clock, item.queued);
     try {
       clock = item.task(clock);
+    } catch (const c10::Error& error) {
+      fail(error.what_without_backtrace());
     } catch (const std::exception& error) {
       fail(error.what());
     }

@@ -21,8 +21,10 @@ class Wire {
   Wire& operator=(const Wire&) = delete;
 
   const std::string& address() const { return address_; }
+  /// Accepts the other end's connection if it has come.
+  void accept();
   /// The socket; -1 as long as the other end has not connected. `listener` is then what to poll for it.
-  int socket();
+  int socket() const { return socket_; }
   int listener() const { return listener_; }
 
  private:
