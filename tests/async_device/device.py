@@ -68,8 +68,8 @@ def run(
 ) -> list[Any]:
     """``ranks.run``, with what tests/helpers/pipelines.py makes on the device.
 
-    Before one task in three a stream waits for up to ``delay_us``, drawn from ``seed`` and the rank; with ``rendezvous``
-    a stream that sends waits for its receiver.
+    Before one task in three a stream waits for up to ``delay_us``, drawn from ``seed`` and the rank. With
+    ``rendezvous`` a stream that sends waits for its receiver.
     """
     __tracebackhide__ = True
     built()  # here, so that no rank's time limit holds it

@@ -108,6 +108,9 @@ void Stream::delay() {
   if (most > 0 && random_() % static_cast<uint64_t>(set.delay_one_in) == 0) {
     std::this_thread::sleep_for(std::chrono::microseconds(random_() % most));
   }
+  if (set.slow_stream == id_) {
+    std::this_thread::sleep_for(std::chrono::microseconds(set.slow_us));
+  }
 }
 
 void Stream::queue(Task task) {
