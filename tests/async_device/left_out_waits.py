@@ -30,9 +30,9 @@ from tests.helpers import reference
 from tests.helpers.pipelines import Setting, Twins, backward_orders, stages_allowed, step
 
 RANKS = 2
-MICROBATCHES = 6
+MICROBATCHES = 5
 STEPS = 2  # the wait is left out in the first; what it spoils may show in the next
-SLOW_US = 1500
+SLOW_US = 1000
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _try_each_of(rank: int, options: tuple[Setting, str, int, int]) -> list[Left
     return _try_each(rank, *options)
 
 
-def leave_each_out(schedule: str, seed: int, delay_us: int = 3000, timeout: float = 60) -> list[LeftOut]:
+def leave_each_out(schedule: str, seed: int, delay_us: int = 1500, timeout: float = 60) -> list[LeftOut]:
     """Each wait of a step on two ranks, left out once; of an evaluation where the schedule's name ends in ``:eval``."""
     schedule, _, method = schedule.partition(":")
     setting = Setting(schedule, MICROBATCHES, stages_allowed(schedule, 2)[-1])
@@ -222,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("schedules", nargs="+")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--delay-us", type=int, default=3000)
+    parser.add_argument("--delay-us", type=int, default=1500)
     flags = parser.parse_args()
     everything: list[LeftOut] = []
     for schedule in flags.schedules:
