@@ -1,10 +1,11 @@
 """Builds the asynchronous device, and puts it under torch as ``sim``, its process group as ``simccl``.
 
-    sim = load()                    # in each process that wants it, after torch's import
-    group = new_group()             # of the world's ranks: host tensors over gloo, the device's over simccl
+    sim = load()                                        # in each process that wants it, after torch's import
+    dist.init_process_group(BACKENDS)                   # host tensors over gloo, the device's over simccl
+    run(train, 4, delay_us=2000, schedule="1F1B")       # train(rank, schedule=...) on 4 ranks, stages on the device
 
-The extension is built at its first use into ``build/async_device``, and again when its sources, torch or the flags have
-changed; a lock lets one process build and the others wait. It is part of the tests and never shipped.
+The extension is built at its first use into ``build/async_device``, and what has changed (sources, torch, flags) again;
+a lock lets one process build and the others wait. It is part of the tests and never shipped.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import os
 import subprocess
 import sysconfig
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,15 @@ import torch
 import torch.distributed as dist
 
 from pp_runtime.running import register_communicator
+from tests.helpers import pipelines, ranks
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent.parent / "build" / "async_device"
 NAME = "_async_device"
 DEVICE = torch.device("privateuseone", 0)  # "sim", once it is loaded
 BACKEND = "simccl"
+BACKENDS = f"cpu:gloo,sim:{BACKEND}"
+DELAY_US = 1000
 FLAGS = "-std=c++20 -O1 -g0 -fPIC -fvisibility=hidden -Wall -Wextra -Werror".split()
 
 
@@ -51,10 +55,36 @@ def load() -> Any:
     return sim
 
 
-def new_group(ranks: list[int] | None = None) -> dist.ProcessGroup:
-    """A group of these ranks, or of all, that takes tensors of the host and of the device."""
-    load()
-    return dist.new_group(ranks, backend=f"cpu:gloo,sim:{BACKEND}")
+def run(
+    fn: Callable[..., Any],
+    count: int,
+    timeout: float = 60.0,
+    *,
+    delay_us: int = DELAY_US,
+    seed: int = 1,
+    rendezvous: bool = True,
+    deaths: Collection[int] = (),
+    **kwargs: Any,
+) -> list[Any]:
+    """``ranks.run``, with what tests/helpers/pipelines.py makes on the device.
+
+    Before one task in three a stream waits for up to ``delay_us``, drawn from ``seed`` and the rank. With
+    ``rendezvous`` a stream that sends waits for its receiver.
+    """
+    __tracebackhide__ = True
+    built()  # here, so that no rank's time limit holds it
+    behaviour = {"delay_us": delay_us, "seed": seed, "rendezvous": rendezvous}
+    options: Any = {"deaths": deaths, "backend": BACKENDS, "prepare": load}
+    return ranks.run(_on_device, count, timeout, **options, call=(fn, behaviour, kwargs))
+
+
+def _on_device(rank: int, call: tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]) -> Any:
+    fn, behaviour, kwargs = call
+    sim = load()
+    sim.set_delays(behaviour["delay_us"], 3, 1000 * behaviour["seed"] + rank)
+    sim.set_rendezvous(behaviour["rendezvous"])
+    with pipelines.on(DEVICE):
+        return fn(rank, **kwargs)
 
 
 def _make_group(sim: Any, store: dist.Store, rank: int, size: int, timeout: Any) -> Any:
@@ -86,16 +116,21 @@ def _device_module(sim: Any) -> types.ModuleType:
 
 
 def built() -> Path:
-    """The extension's file, built if need be."""
-    sources = sorted((HERE / "csrc").glob("*.cpp"))
-    digest = hashlib.sha256(" ".join([torch.__version__, sysconfig.get_python_version(), *FLAGS]).encode())
-    for path in sorted((HERE / "csrc").iterdir()):
-        digest.update(path.name.encode() + path.read_bytes())
-    target = BUILD / digest.hexdigest()[:16] / f"{NAME}.so"
+    """The extension's file, built if need be: what has changed is compiled again."""
+    headers = _digest(FLAGS + [torch.__version__, sysconfig.get_python_version()], HERE.glob("csrc/*.h"))
+    objects = {BUILD / f"{path.stem}-{_digest([headers], [path])}.o": path for path in HERE.glob("csrc/*.cpp")}
+    target = BUILD / _digest(sorted(made.name for made in objects), []) / f"{NAME}.so"
     with _locked(BUILD / "lock"):
         if not target.exists():
-            _build(sources, target)
+            _build(objects, target)
     return target
+
+
+def _digest(words: Iterable[str], paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256(" ".join(words).encode())
+    for path in sorted(paths):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -106,28 +141,28 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _build(sources: list[Path], target: Path) -> None:
+def _build(objects: dict[Path, Path], target: Path) -> None:
     from torch.utils import cpp_extension
 
-    target.parent.mkdir(parents=True, exist_ok=True)
+    for old in set(BUILD.glob("*.o")) - set(objects):
+        old.unlink()
     includes = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
     flags = FLAGS + [word for path in includes for word in ("-isystem", path)]
-    objects = [target.with_name(f"{source.stem}.o") for source in sources]
 
-    def compile_one(source: Path, made: Path) -> None:
-        _run(["g++", *flags, "-c", str(source), "-o", str(made)])
+    def compile_one(made: Path) -> None:
+        _run(["g++", *flags, "-c", str(objects[made]), "-o", f"{made}.new"])
+        Path(f"{made}.new").rename(made)
 
     # The largest first, so that no core is idle in the end.
-    pairs = sorted(zip(sources, objects, strict=True), key=lambda pair: -pair[0].stat().st_size)
+    missing = sorted((made for made in objects if not made.exists()), key=lambda made: -objects[made].stat().st_size)
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
-        list(pool.map(lambda pair: compile_one(*pair), pairs))
+        list(pool.map(compile_one, missing))
     libraries = Path(torch.__file__).parent / "lib"
+    target.parent.mkdir(exist_ok=True)
     linked = target.with_suffix(".new")
     names = ["-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10"]
     _run(["g++", "-shared", *map(str, objects), "-o", str(linked), f"-L{libraries}", *names, f"-Wl,-rpath,{libraries}"])
     linked.rename(target)
-    for made in objects:
-        made.unlink()
 
 
 def _run(command: list[str]) -> None:

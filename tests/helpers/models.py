@@ -85,8 +85,8 @@ class Masked(nn.Module):
 
     def forward(self, x: Tensor, index: Tensor | None = None, mask: Tensor | None = None) -> object:
         if self.first:
-            index = torch.arange(x.shape[0]) % WIDTH
-            mask = (torch.arange(WIDTH) > 0).expand(x.shape[0], WIDTH)
+            index = torch.arange(x.shape[0], device=x.device) % WIDTH
+            mask = (torch.arange(WIDTH, device=x.device) > 0).expand(x.shape[0], WIDTH)
         x = self.block(x).masked_fill(~mask, 0.5) + index[:, None]
         return x if self.last else (x, index, mask)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -61,19 +62,26 @@ def held_by(rank: int, schedule: str, ranks: int, stages_per_rank: int) -> list[
     return [stage for stage, owner in enumerate(placement(schedule, ranks, stages_per_rank)) if owner == rank]
 
 
-CPU = torch.device("cpu")
+_device = torch.device("cpu")
+
+
+@contextmanager
+def on(device: torch.device) -> Iterator[None]:
+    """Where stages are made, and what they are given: on the CPU outside of this."""
+    global _device
+    before, _device = _device, device
+    try:
+        yield
+    finally:
+        _device = before
 
 
 def make_stages(
-    modules: Mapping[int, nn.Module],
-    num_stages: int,
-    group: dist.ProcessGroup | None = None,
-    device: torch.device = CPU,
-    **options: Any,
+    modules: Mapping[int, nn.Module], num_stages: int, group: dist.ProcessGroup | None = None, **options: Any
 ) -> list[Any]:
-    """Pipeline stages around this rank's modules."""
+    """Pipeline stages around this rank's modules, which are moved where the stages are."""
     return [
-        api.PipelineStage(module, index, num_stages, device, group=group, **options)
+        api.PipelineStage(module.to(_device), index, num_stages, _device, group=group, **options)
         for index, module in modules.items()
     ]
 
@@ -89,6 +97,7 @@ def step(schedule: Any, stages: Sequence[Any], batch: Batch, method: str = "step
     """One step as users write it: inputs where the first stage is, target and losses where the last one is."""
     first, last = any(stage.is_first for stage in stages), any(stage.is_last for stage in stages)
     losses: list[torch.Tensor] = []
+    batch = batch.to(_device)
     if last and batch.target is not None:
         options |= {"target": batch.target, "losses": losses}
     output = getattr(schedule, method)(*(batch.args if first else ()), **options, **(batch.kwargs or {}))
@@ -117,7 +126,6 @@ class Twins:
         group: dist.ProcessGroup | None = None,
         owners: Sequence[int] | None = None,
         make: Callable[..., Any] | None = None,
-        device: torch.device = CPU,
         **schedule_options: Any,
     ) -> None:
         """``owners`` (the rank of each stage) and ``make`` take the place of the named schedule's own.
@@ -126,13 +134,15 @@ class Twins:
         """
         ranks = dist.get_world_size(group)
         owners = owners or placement(setting.schedule, ranks, setting.stages_per_rank)
-        self.setting, self.num_stages, self.device = setting, len(owners), device
+        self.setting, self.num_stages = setting, len(owners)
         self.example = models.build(MODELS[setting.model], self.num_stages)
+        # Another device may have other kernels.
+        self.exact = self.example.exact and _device.type == "cpu"
         self.scale = schedule_options.get("scale_grads", True)
         piped = copy.deepcopy(self.example.stages)
         self.plain = nn.ModuleList(self.example.stages)
-        self.mine = {index: piped[index].to(device) for index, owner in enumerate(owners) if owner == rank}
-        self.stages = make_stages(self.mine, self.num_stages, group, device)
+        self.mine = {index: piped[index] for index, owner in enumerate(owners) if owner == rank}
+        self.stages = make_stages(self.mine, self.num_stages, group)
         arguments = (self.stages, setting.microbatches, self.example.loss_fn)
         self.schedule = (
             make(*arguments, **schedule_options)
@@ -157,8 +167,8 @@ class Twins:
             backward_orders(self.schedule),
             self.scale,
         )
-        got = step(self.schedule, self.stages, batch.to(self.device))
-        found = differences_of_step(name, got, expected, last=self.holds_last, exact=self.example.exact)
+        got = step(self.schedule, self.stages, batch)
+        found = differences_of_step(name, got, expected, last=self.holds_last, exact=self.exact)
         found += self.differences(name)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -167,8 +177,8 @@ class Twins:
     def evaluate(self, name: str, batch: Batch) -> list[str]:
         """Outputs and losses of both without a backward; gradients must stay as they were."""
         expected = reference.evaluate(self.example.stages, batch, self.setting.microbatches, self.example.loss_fn)
-        got = step(self.schedule, self.stages, batch.to(self.device), "eval")
-        found = differences_of_step(name, got, expected, last=self.holds_last, exact=self.example.exact)
+        got = step(self.schedule, self.stages, batch, "eval")
+        found = differences_of_step(name, got, expected, last=self.holds_last, exact=self.exact)
         return found + self.differences(name)
 
     def differences(self, name: str) -> list[str]:
@@ -176,7 +186,7 @@ class Twins:
         return [
             line
             for index, module in self.mine.items()
-            for line in differences_of_modules(f"{name}, stage {index}", module, self.plain[index], self.example.exact)
+            for line in differences_of_modules(f"{name}, stage {index}", module, self.plain[index], self.exact)
         ]
 
 

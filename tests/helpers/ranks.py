@@ -37,6 +37,7 @@ class _Task:
     timeout: float
     log: str
     call: bytes  # pickled (function, keyword arguments), opened inside the rank so that a failing import is reported
+    prepare: bytes  # pickled function or None
 
 
 def run(
@@ -46,19 +47,21 @@ def run(
     *,
     deaths: Collection[int] = (),
     backend: str = "gloo",
+    prepare: Callable[[], Any] | None = None,
     **kwargs: Any,
 ) -> list[Any]:
     """Call ``fn(rank, **kwargs)`` in ``ranks`` new processes that share a process group; return their results in order.
 
     Processes are forked from a server that has torch loaded, so a call costs milliseconds and no state passes from
     one call to the next. ``fn`` lives at a module's top level and returns something picklable. Ranks in ``deaths``
-    are meant to die; their result is None. Past ``timeout`` seconds all are killed, their stacks shown.
+    are meant to die; their result is None. Past ``timeout`` seconds all are killed, their stacks shown. ``prepare`` is
+    called in each before it has a process group, as for a backend that must be registered.
     """
     __tracebackhide__ = True
-    call = pickle.dumps((fn, kwargs))
+    call, before = pickle.dumps((fn, kwargs)), pickle.dumps(prepare)
     with tempfile.TemporaryDirectory(prefix="pp-ranks-") as folder:
         members = [
-            _Member(_Task(rank, ranks, f"{folder}/store", backend, timeout, f"{folder}/rank{rank}.log", call))
+            _Member(_Task(rank, ranks, f"{folder}/store", backend, timeout, f"{folder}/rank{rank}.log", call, before))
             for rank in range(ranks)
         ]
         try:
@@ -203,6 +206,8 @@ def _call(task: _Task) -> Any:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a container's host name need not resolve
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if prepare := pickle.loads(task.prepare):
+        prepare()
     store = dist.FileStore(task.store, task.ranks)
     limit = datetime.timedelta(seconds=max(task.timeout, 1.0))
     dist.init_process_group(task.backend, store=store, rank=task.rank, world_size=task.ranks, timeout=limit)

@@ -20,6 +20,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same with its tensors on the device."""
+        if device.type == "cpu":
+            return self
         kwargs = {name: _moved(value, device) for name, value in (self.kwargs or {}).items()}
         return Batch(tuple(_moved(arg, device) for arg in self.args), _moved(self.target, device), kwargs or None)
 

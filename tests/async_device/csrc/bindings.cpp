@@ -76,6 +76,13 @@ py::list records() {
 
 void bind_behaviour(py::module_& m) {
   m.def("set_delays", &set_delays, py::arg("most_us"), py::arg("one_in"), py::arg("seed"));
+  m.def(
+      "set_slow_stream",
+      [](int64_t stream, int64_t us) {
+        settings().slow_stream = stream;
+        settings().slow_us = us;
+      },
+      py::arg("stream"), py::arg("us"));
   m.def("set_poison", [](bool on) { settings().poison = on; });
   m.def("set_rendezvous", [](bool on) { settings().rendezvous = on; });
   m.def("sleep_instead_of_computing", &sleep_instead_of_computing, py::arg("takes_us"), py::arg("others_us"),
@@ -102,9 +109,11 @@ void bind_observation(py::module_& m) {
   m.def("begin_log", [] { log().begin(); });
   m.def("end_log", &records);
   m.def("leave_out_wait", [](int64_t number) { log().leave_out(number); });
+  m.def("leave_out_wait_between",
+        [](int64_t waiting, int64_t awaited, int64_t number) { log().leave_out_between(waiting, awaited, number); });
   m.def("left_out", [] {
     const Log::LeftOut found = log().left_out();
-    return py::make_tuple(found.asked, found.waiting, found.awaited, found.place);
+    return py::make_tuple(found.waiting, found.awaited, found.number_between);
   });
 }
 

@@ -79,17 +79,26 @@ void Log::passed(const Moment& moment) {
 void Log::leave_out(int64_t number) {
   const std::lock_guard lock(mutex_);
   number_ = number;
-  left_out_ = LeftOut();
+  wanted_ = left_out_ = LeftOut();
+  asked_ = 0;
+  asked_between_.clear();
+}
+
+void Log::leave_out_between(int64_t waiting, int64_t awaited, int64_t number) {
+  leave_out(-1);
+  const std::lock_guard lock(mutex_);
+  wanted_ = {waiting, awaited, number};
 }
 
 bool Log::leaves_out(int64_t stream, const Moment& moment) {
   const std::lock_guard lock(mutex_);
-  if (left_out_.asked++ != number_) {
+  const int64_t number_between = asked_between_[{stream, moment.stream()}]++;
+  const bool is_wanted =
+      stream == wanted_.waiting && moment.stream() == wanted_.awaited && number_between == wanted_.number_between;
+  if (asked_++ != number_ && !is_wanted) {
     return false;
   }
-  left_out_.waiting = stream;
-  left_out_.awaited = moment.stream();
-  left_out_.place = records_.size();
+  left_out_ = {stream, moment.stream(), number_between};
   return true;
 }
 

@@ -2,8 +2,10 @@
 
 #include <atomic>
 #include <cstdint>
+#include <map>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace async_device {
@@ -39,15 +41,15 @@ class Log {
 
   /// From now on waits are numbered, and the one of this number is left out; -1 for none.
   void leave_out(int64_t number);
+  /// The same for the wait of this number among those of one stream for another.
+  void leave_out_between(int64_t waiting, int64_t awaited, int64_t number);
   /// Whether this wait is the one. Asked for waits that a user of the device asks for, not for those inside of it.
   bool leaves_out(int64_t stream, const Moment& moment);
   struct LeftOut {
-    /// How many waits were asked for since, and which streams the one left out was between; -1 where none was.
-    int64_t asked = 0;
+    /// Which streams it was between, and its number among the waits of one for the other; -1 where none was left out.
     int64_t waiting = -1;
     int64_t awaited = -1;
-    /// The records there were when it was left out.
-    size_t place = 0;
+    int64_t number_between = -1;
   };
   LeftOut left_out() const;
 
@@ -58,6 +60,9 @@ class Log {
   mutable std::mutex mutex_;
   std::vector<Record> records_;
   int64_t number_ = -1;
+  LeftOut wanted_;
+  int64_t asked_ = 0;
+  std::map<std::pair<int64_t, int64_t>, int64_t> asked_between_;
   LeftOut left_out_;
 };
 

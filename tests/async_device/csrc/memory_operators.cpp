@@ -83,6 +83,11 @@ at::Tensor& set_storage(at::Tensor& self, at::Storage storage, c10::SymInt offse
   return self;
 }
 
+at::Tensor& set_whole_storage(at::Tensor& self, at::Storage storage) {
+  const auto elements = static_cast<int64_t>(storage.nbytes() / self.element_size());
+  return set_storage(self, std::move(storage), 0, {elements}, {1});
+}
+
 at::Tensor& set_tensor(at::Tensor& self, const at::Tensor& source) {
   return set_storage(self, source.storage(), source.sym_storage_offset(), source.sym_sizes(), source.sym_strides());
 }
@@ -117,6 +122,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from", copy_from);
   m.impl("_copy_from_and_resize", copy_from_and_resize);
   m.impl("_local_scalar_dense", local_scalar);
+  m.impl("set_.source_Storage", set_whole_storage);
   m.impl("set_.source_Storage_storage_offset", set_storage);
   m.impl("set_.source_Tensor", set_tensor);
   m.impl("resize_", resize);

@@ -175,15 +175,19 @@ c10::intrusive_ptr<c10d::Work> Group::queue_messages(int which, std::vector<Mess
   for (Message& message : messages) {
     const std::vector<const void*> memory = {address_of(message.tensor)};
     const std::vector<const void*> none;
-    log().work(own.id(),
-               (message.sends ? "send to " : "receive from ") + std::to_string(message.peer) + " for stream " +
-                   std::to_string(current().id()),
-               message.sends ? memory : none, message.sends ? none : memory);
+    const std::string text = (message.sends ? "send " : "receive ") + message.wire->next_message() + " from stream " +
+                             std::to_string(current().id());
+    log().work(own.id(), text, message.sends ? memory : none, message.sends ? none : memory);
     kept.push_back(message.tensor);
     // The stream gets the memory; it keeps nothing alive.
     message.tensor = on_cpu(message.tensor);
   }
-  own.queue([messages = std::move(messages), halt = halt_](Time begin) { return carry(messages, *halt, begin); });
+  own.queue([&own, messages = std::move(messages), halt = halt_](Time begin) {
+    if (!settings().sleeps) {
+      own.delay();
+    }
+    return carry(messages, *halt, begin);
+  });
   return c10::make_intrusive<StreamWork>(own.mark(), std::move(kept), false);
 }
 
@@ -217,6 +221,21 @@ c10::intrusive_ptr<c10d::Work> Group::broadcast(std::vector<at::Tensor>& tensors
                           [options, one = std::vector<at::Tensor>{on_cpu(tensors.at(0))}](c10d::Backend& backend) {
                             auto given = one;
                             return backend.broadcast(given, options);
+                          });
+}
+
+c10::intrusive_ptr<c10d::Work> Group::allgather(std::vector<std::vector<at::Tensor>>& outputs,
+                                                std::vector<at::Tensor>& inputs,
+                                                const c10d::AllgatherOptions& options) {
+  std::vector<at::Tensor> into;
+  for (const at::Tensor& output : outputs.at(0)) {
+    into.push_back(on_cpu(output));
+  }
+  return queue_collective("allgather", {inputs.at(0)}, outputs.at(0),
+                          [options, into, from = on_cpu(inputs.at(0))](c10d::Backend& backend) {
+                            std::vector<std::vector<at::Tensor>> to = {into};
+                            std::vector<at::Tensor> given = {from};
+                            return backend.allgather(to, given, options);
                           });
 }
 

@@ -15,6 +15,9 @@ struct Settings {
   std::atomic<int64_t> delay_one_in{3};
   std::atomic<uint64_t> delay_seed{1};
   std::atomic<uint64_t> delay_draw{0};
+  /// This stream waits before each of its tasks, besides.
+  std::atomic<int64_t> slow_stream{-1};
+  std::atomic<int64_t> slow_us{0};
 
   /// Freed memory is overwritten, in the order of its stream.
   std::atomic<bool> poison{true};

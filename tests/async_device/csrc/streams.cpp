@@ -3,6 +3,7 @@
 #include "log.h"
 #include "settings.h"
 
+#include <c10/util/Exception.h>
 #include <sys/prctl.h>
 
 #include <algorithm>
@@ -88,6 +89,8 @@ void Stream::run() {
     clock = std::max(clock, item.queued);
     try {
       clock = item.task(clock);
+    } catch (const c10::Error& error) {
+      fail(error.what_without_backtrace());
     } catch (const std::exception& error) {
       fail(error.what());
     }
@@ -104,6 +107,9 @@ void Stream::delay() {
   const auto most = static_cast<uint64_t>(set.delay_us);
   if (most > 0 && random_() % static_cast<uint64_t>(set.delay_one_in) == 0) {
     std::this_thread::sleep_for(std::chrono::microseconds(random_() % most));
+  }
+  if (set.slow_stream == id_) {
+    std::this_thread::sleep_for(std::chrono::microseconds(set.slow_us));
   }
 }
 

@@ -59,6 +59,8 @@ class Stream {
   void queue(Task task);
   /// Work that computes, or takes so long where streams sleep instead. A delay may come before it.
   void launch(std::function<void()> kernel, std::chrono::nanoseconds takes);
+  /// The delay that may come before work. On the stream's thread.
+  void delay();
   MomentPointer mark();
   /// What is queued from now on begins after the moment.
   void wait_for(MomentPointer moment);
@@ -71,7 +73,6 @@ class Stream {
     Time queued;
   };
   void run();
-  void delay();
 
   const int64_t id_;
   std::mutex mutex_;

@@ -79,11 +79,10 @@ Wire::~Wire() {
   }
 }
 
-int Wire::socket() {
+void Wire::accept() {
   if (socket_ < 0) {
     socket_ = accept4(listener_, nullptr, nullptr, SOCK_CLOEXEC);
   }
-  return socket_;
 }
 
 Halt::Halt() : descriptor_(checked(eventfd(0, EFD_CLOEXEC), "eventfd")) {}
@@ -101,6 +100,10 @@ bool transfer_all(std::vector<Transfer> transfers, const Halt& halt) {
     std::vector<pollfd> polled = {{halt.descriptor(), POLLIN, 0}};
     std::vector<std::pair<const Wire*, bool>> seen;
     bool all_done = true;
+    // First, so that none of them polls for a connection that another has accepted.
+    for (const Transfer& transfer : transfers) {
+      transfer.wire->accept();
+    }
     for (Transfer& transfer : transfers) {
       const std::pair<const Wire*, bool> lane{transfer.wire.get(), transfer.writes};
       if (transfer.bytes == 0 || std::find(seen.begin(), seen.end(), lane) != seen.end()) {

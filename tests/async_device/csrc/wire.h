@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -21,14 +22,19 @@ class Wire {
   Wire& operator=(const Wire&) = delete;
 
   const std::string& address() const { return address_; }
+  /// A name for the next message, the same on both ends.
+  std::string next_message() { return address_ + "/" + std::to_string(messages_++); }
+  /// Accepts the other end's connection if it has come.
+  void accept();
   /// The socket; -1 as long as the other end has not connected. `listener` is then what to poll for it.
-  int socket();
+  int socket() const { return socket_; }
   int listener() const { return listener_; }
 
  private:
   std::string address_;
   int listener_ = -1;
   int socket_ = -1;
+  int64_t messages_ = 0;
 };
 
 /// Bytes to write to a wire or to read from it.
