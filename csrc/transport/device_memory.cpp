@@ -118,8 +118,9 @@ DeviceSendChannel::~DeviceSendChannel() {
   }
   abandon();
   if (!drains(lanes(), left.back().done)) {
-    // The device hangs. What it may still read and write stays for as long as the process lives.
+    // The device hangs or failed. What it may still read and write stays for as long as the process lives.
     new std::deque<OnItsWay>(std::move(left));
+    new std::vector<Slot>(std::move(slots_));
     new std::shared_ptr<DeviceControl>(control_);
   }
 }
@@ -257,10 +258,9 @@ class SlotReturns {
   void borrow() { held_.fetch_add(1, std::memory_order_relaxed); }
 
   ~SlotReturns() {
-    for (Used& used : used_) {
-      if (!drains(*lanes_, used.end)) {
-        new at::Tensor(std::move(used.area));  // the device hangs, and may still read it
-      }
+    if (!used_.empty() && !drains(*lanes_, used_.back().end)) {
+      new std::deque<Used>(std::move(used_));  // the device hangs or failed, and may still read it
+      new std::shared_ptr<DeviceControl>(control_);
     }
   }
   SlotReturns(const SlotReturns&) = delete;
@@ -345,7 +345,11 @@ DeviceReceiveChannel::DeviceReceiveChannel(std::shared_ptr<ReceiveChannel> host,
 DeviceReceiveChannel::~DeviceReceiveChannel() {
   if (last_arrival() && !comes_to(lanes(), last_arrival(), watch())) {
     abandon();
-    drains(lanes(), last_arrival());
+    if (!drains(lanes(), last_arrival())) {
+      // As at the sending end.
+      new std::map<uint32_t, at::Tensor>(std::move(areas_));
+      new std::shared_ptr<DeviceControl>(control_);
+    }
   }
 }
 

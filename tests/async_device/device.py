@@ -27,10 +27,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pp_runtime.running import register_communicator
+from pp_runtime.running import register_communicator, register_peer_memory
 from tests.helpers import pipelines, ranks
 
 HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent.parent / "csrc"
 BUILD = HERE.parent.parent / "build" / "async_device"
 NAME = "_async_device"
 DEVICE = torch.device("privateuseone", 0)  # "sim", once it is loaded
@@ -52,6 +53,7 @@ def load() -> Any:
     torch._register_device_module("sim", _device_module(sim))
     dist.Backend.register_backend(BACKEND, functools.partial(_make_group, sim), devices=["sim"])
     register_communicator(BACKEND, functools.partial(_make_communicator, sim))
+    register_peer_memory("sim", lambda device: sim.PeerMemory())
     return sim
 
 
@@ -117,7 +119,7 @@ def _device_module(sim: Any) -> types.ModuleType:
 
 def built() -> Path:
     """The extension's file, built if need be: what has changed is compiled again."""
-    headers = _digest(FLAGS + [torch.__version__, sysconfig.get_python_version()], HERE.glob("csrc/*.h"))
+    headers = _digest(FLAGS + [torch.__version__, sysconfig.get_python_version()], [*HERE.glob("csrc/*.h"), CSRC / "lanes" / "peer_memory.h"])
     objects = {BUILD / f"{path.stem}-{_digest([headers], [path])}.o": path for path in HERE.glob("csrc/*.cpp")}
     target = BUILD / _digest(sorted(made.name for made in objects), []) / f"{NAME}.so"
     with _locked(BUILD / "lock"):
@@ -147,7 +149,7 @@ def _build(objects: dict[Path, Path], target: Path) -> None:
     for old in set(BUILD.glob("*.o")) - set(objects):
         old.unlink()
     includes = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
-    flags = FLAGS + [word for path in includes for word in ("-isystem", path)]
+    flags = [*FLAGS, f"-I{CSRC}"] + [word for path in includes for word in ("-isystem", path)]
 
     def compile_one(made: Path) -> None:
         _run(["g++", *flags, "-c", str(objects[made]), "-o", f"{made}.new"])

@@ -3,6 +3,7 @@
 #include "allocator.h"
 #include "device.h"
 #include "log.h"
+#include "peer_memory.h"
 #include "process_group.h"
 #include "settings.h"
 #include "streams.h"
@@ -128,6 +129,8 @@ PYBIND11_MODULE(_async_device, m) {
   m.def("register_device", &register_device);
   bind_behaviour(m);
   bind_observation(m);
+  py::module_::import("pp_runtime._C");
+  py::class_<PeerMemory, pp_runtime::PeerMemory, std::shared_ptr<PeerMemory>>(m, "PeerMemory").def(py::init<>());
   py::class_<Group, c10d::Backend, c10::intrusive_ptr<Group>>(m, "Group")
       .def(py::init<const c10::intrusive_ptr<c10d::Store>&, int, int, std::string, c10::intrusive_ptr<c10d::Backend>>(),
            py::arg("store"), py::arg("rank"), py::arg("size"), py::arg("name"), py::arg("collectives") = nullptr,

@@ -1,0 +1,22 @@
+#pragma once
+
+#include "lanes/peer_memory.h"
+
+#include <string>
+
+namespace async_device {
+
+/// Memory of the device that other processes map: memfds, as the device's memory is the host's. Numbers are written and
+/// waited for by the streams' threads, late as all that they do.
+class PeerMemory final : public pp_runtime::PeerMemory {
+ public:
+  std::string name() const override;
+  Mapping allocate(const std::string& device, size_t bytes) override;
+  at::Tensor open(const Handle& handle) override;
+  void adopt(void*, size_t) override {}
+  void forget(void*) noexcept override {}
+  void write(const c10::Stream& stream, std::atomic<uint32_t>& number, uint32_t value) override;
+  void wait(const c10::Stream& stream, const std::atomic<uint32_t>& number, uint32_t value) override;
+};
+
+}  // namespace async_device
