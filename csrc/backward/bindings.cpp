@@ -1,7 +1,7 @@
+#include "bindings.h"
 #include "backward/full_backward.h"
 #include "backward/split_backward.h"
 #include "backward/step_leaves.h"
-#include "bindings.h"
 
 #include <torch/csrc/utils/pybind.h>
 

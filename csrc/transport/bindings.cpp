@@ -1,6 +1,5 @@
 #include "bindings.h"
 #include "transport/c10d.h"
-#include "transport/c10d_confirmation.h"
 #include "transport/c10d_lanes.h"
 #include "transport/confirmation.h"
 #include "transport/shared_memory.h"

@@ -1,12 +1,14 @@
+#include "precompiled.h"
+
 #include "transport/c10d_lanes.h"
 
-#include <ATen/Functions.h>
+#include <Python.h>
+
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/StreamGuard.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <chrono>
-#include <optional>
 #include <stdexcept>
 #include <thread>
 #include <utility>
@@ -20,14 +22,17 @@ constexpr std::chrono::microseconds kPause{20};
 /// Gives up the GIL where the calling thread has it: the end of a process group waits for threads that may need it.
 class WithoutGil {
  public:
-  WithoutGil() {
-    if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) {
-      released_.emplace();
+  WithoutGil() : state_(Py_IsInitialized() != 0 && PyGILState_Check() != 0 ? PyEval_SaveThread() : nullptr) {}
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+  ~WithoutGil() {
+    if (state_ != nullptr) {
+      PyEval_RestoreThread(state_);
     }
   }
 
  private:
-  std::optional<pybind11::gil_scoped_release> released_;
+  PyThreadState* state_;
 };
 
 /// Work that a process group queues while `lane` is current waits for the lane, and the lane for it.
