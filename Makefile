@@ -2,6 +2,7 @@
 # make train   train a small language model over two pipeline ranks (about two minutes)
 # make lint    ruff, mypy, clang-format
 # make sanitize   the C++ runtime's own tests under ASan, UBSan and TSan (two minutes)
+# make wheel-check   make the wheel from the build, run it where there is only torch
 # make cuda-check   compile the CUDA build against torch 2.14 and run the tutorial with it on the CPU
 SHELL := /bin/bash
 
@@ -17,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Each rank is one process a core; more threads only fight each other.
 export OMP_NUM_THREADS := 1
 
-.PHONY: all venv build test train lint format sanitize cuda-check clean
+.PHONY: all venv build test train lint format sanitize wheel-check cuda-check clean
 all: build
 
 venv: $(VENV)/made
@@ -65,6 +66,9 @@ format: $(VENV)/made
 
 sanitize: $(VENV)/made
 	$(PYTHON) tests/native/sanitize.py
+
+wheel-check: build
+	.ci/wheel-check
 
 cuda-check:
 	.ci/cuda-check

@@ -73,7 +73,10 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 
 
 def sources() -> list[str]:
-    """The C++ files of the build: `csrc/cuda` only where there is CUDA, a room's bindings by way of csrc/bindings.cpp."""
+    """The C++ files of the build: those of `csrc/cuda` only where there is CUDA, no room's bindings.cpp.
+
+    csrc/bindings.cpp includes those.
+    """
     found = sorted((ROOT / "csrc").rglob("*.cpp"))
     if CUDA:
         found += sorted((ROOT / "csrc").rglob("*.cu"))
