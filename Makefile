@@ -3,6 +3,7 @@
 # make lint    ruff, mypy, clang-format
 # make docs    the documentation in build/site, warnings as errors (seconds; needs no build)
 # make sanitize   the C++ runtime's own tests under ASan, UBSan and TSan (two minutes)
+# make wheel-check   make the wheel from the build, run it where there is only torch
 # make cuda-check   compile the CUDA build against torch 2.14 and run the tutorial with it on the CPU
 SHELL := /bin/bash
 
@@ -18,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Each rank is one process a core; more threads only fight each other.
 export OMP_NUM_THREADS := 1
 
-.PHONY: all venv build test train lint format docs sanitize cuda-check clean
+.PHONY: all venv build test train lint format docs sanitize wheel-check cuda-check clean
 all: build
 
 venv: $(VENV)/made
@@ -69,6 +70,9 @@ docs:
 
 sanitize: $(VENV)/made
 	$(PYTHON) tests/native/sanitize.py
+
+wheel-check: build
+	.ci/wheel-check
 
 cuda-check:
 	.ci/cuda-check

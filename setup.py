@@ -6,7 +6,10 @@ A CUDA build is made when torch has CUDA and a toolkit is found, a CPU build oth
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shlex
+import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -66,16 +69,20 @@ if CUDA:
     os.environ["CUDA_HOME"] = str(TOOLKIT)  # torch reads it when cpp_extension is imported
 os.environ.setdefault("MAX_JOBS", "2")  # one file with torch's headers takes more than a gigabyte to compile
 
-from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, get_cxx_compiler  # noqa: E402
 
 
 def sources() -> list[str]:
-    """The C++ files of the build, those under `csrc/cuda` only where there is CUDA."""
+    """The C++ files of the build: those of `csrc/cuda` only where there is CUDA, no room's bindings.cpp.
+
+    csrc/bindings.cpp includes those.
+    """
     found = sorted((ROOT / "csrc").rglob("*.cpp"))
     if CUDA:
         found += sorted((ROOT / "csrc").rglob("*.cu"))
     kept = [path for path in found if CUDA or (ROOT / "csrc" / "cuda") not in path.parents]
-    return [str(path.relative_to(ROOT)) for path in kept]
+    rooms_bindings = set((ROOT / "csrc").glob("*/bindings.cpp"))
+    return [str(path.relative_to(ROOT)) for path in kept if path not in rooms_bindings]
 
 
 def wheel_includes() -> list[str]:
@@ -89,7 +96,8 @@ def extension() -> Any:
     warnings = ["-Wall", "-Wextra", "-Werror"]
     # CFLAGS come before these on the command line, so what they say of -O and -g would be overruled.
     ours = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O3", "-g1"]
-    flags = ["-std=c++20", f"-DPP_RUNTIME_CUDA={int(CUDA)}"]
+    # AT_PER_OPERATOR_HEADERS: torch's headers include the operators that they use, not all of them.
+    flags = ["-std=c++20", "-DAT_PER_OPERATOR_HEADERS", f"-DPP_RUNTIME_CUDA={int(CUDA)}"]
     extension_class = CUDAExtension if CUDA else CppExtension
     made = extension_class(f"{PACKAGE}._C", sources(), language="c++")
     systems = list(made.include_dirs) + (wheel_includes() if CUDA else []) + [sysconfig.get_paths()["include"]]
@@ -106,6 +114,33 @@ def extension() -> Any:
 class Build(BuildExtension):
     """Compiles, then writes beside the library which torch it was built for; the import compares."""
 
+    def build_extension(self, extension: Any) -> None:
+        extension.include_dirs.insert(0, str(self.precompiled(extension.extra_compile_args["cxx"])))
+        super().build_extension(extension)
+
+    def precompiled(self, flags: list[str]) -> Path:
+        """The folder of csrc/precompiled.h as the compiler keeps it, made where it is not there.
+
+        Its name tells what it was made by and from, so another torch, compiler or flag makes another one, and compiles
+        all anew. A compiler that finds none that it can use takes csrc/precompiled.h itself, and longer.
+        """
+        header = ROOT / "csrc" / "precompiled.h"
+        compiler = shlex.split(get_cxx_compiler())
+        command = [*compiler, *self.compiler.compiler_so[1:], *flags, "-x", "c++-header", str(header)]
+        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+        made_from = [*command, version, torch.__version__, torch.__file__, header.read_text()]
+        name = hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:12]
+        folder = (Path(self.build_temp) / f"precompiled-{name}").resolve()
+        target = folder / "precompiled.h.gch"
+        if not target.exists():
+            for other in folder.parent.glob("precompiled-*"):  # each takes hundreds of megabytes
+                shutil.rmtree(other)
+            folder.mkdir(parents=True)
+            unfinished = target.with_suffix(".unfinished")
+            if subprocess.run([*command, "-o", str(unfinished)], check=False).returncode == 0:
+                unfinished.rename(target)
+        return folder
+
     def copy_extensions_to_source(self) -> None:
         # A process that runs has the old library mapped: it keeps the file it has, and the new one takes its name.
         for extension in self.extensions:
@@ -113,6 +148,12 @@ class Build(BuildExtension):
         super().copy_extensions_to_source()
 
     def run(self) -> None:
+        compiler = shlex.split(get_cxx_compiler())[0]
+        if shutil.which(compiler) is None:
+            raise SystemExit(
+                f"pp_runtime is compiled, and there is no C++ compiler: {compiler!r} is not on the PATH. Install g++ "
+                "(Debian, Ubuntu: apt install g++), or name another compiler in CXX."
+            )
         super().run()
         folder = ROOT / PACKAGE if self.inplace else Path(self.build_lib) / PACKAGE
         text = (

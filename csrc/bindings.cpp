@@ -1,4 +1,13 @@
+#include "precompiled.h"
+
 #include "bindings.h"
+
+// One compilation for all rooms' bindings: pybind11's own functions are compiled in each, at three seconds.
+#include "backward/bindings.cpp"
+#include "execution/bindings.cpp"
+#include "lanes/bindings.cpp"
+#include "oversight/bindings.cpp"
+#include "transport/bindings.cpp"
 
 // The rooms of csrc/. A file includes files of its own room and of rooms below it, no others; tests/native holds this.
 //

@@ -1,4 +1,4 @@
-"""The C++ runtime; see csrc/bindings.cpp."""
+"""The C++ runtime; see csrc/bindings.cpp for its rooms, csrc/<room>/bindings.cpp for what each shows."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, overload

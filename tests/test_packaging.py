@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,34 @@ def test_an_unknown_choice_of_build_is_refused() -> None:
     made = setup_py("--name", PP_RUNTIME_CUDA="yes")
     assert made.returncode != 0
     assert "PP_RUNTIME_CUDA is 'yes'" in made.stderr
+
+
+def test_a_missing_compiler_is_named_with_its_mend(tmp_path: Path) -> None:
+    made = setup_py("build_ext", f"--build-temp={tmp_path}", f"--build-lib={tmp_path}", CXX="no-such-compiler")
+    assert made.returncode != 0
+    assert "'no-such-compiler' is not on the PATH" in made.stderr and "apt install g++" in made.stderr
+    assert "Traceback" not in made.stderr and len(made.stderr.splitlines()) == 1
+
+
+def test_every_module_is_installed_and_no_test(tmp_path: Path) -> None:
+    made = setup_py("--quiet", "build_py", f"--build-lib={tmp_path}")
+    assert made.returncode == 0, made.stderr
+    installed = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    package = ROOT / "pp_runtime"
+    sources = [*package.rglob("*.py"), *package.rglob("*.pyi"), package / "py.typed"]
+    assert installed == {str(path.relative_to(ROOT)) for path in sources}
+
+
+def test_the_source_distribution_holds_what_a_build_needs(tmp_path: Path) -> None:
+    made = setup_py("--quiet", "egg_info", f"--egg-base={tmp_path}", "sdist", f"--dist-dir={tmp_path}")
+    assert made.returncode == 0, made.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        packed = {name.partition("/")[2] for name in opened.getnames()}
+    needed = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "pp_runtime").rglob("*.pyi")]
+    named = {"setup.py", "pyproject.toml", "LICENSE", "README.md", "pp_runtime/py.typed"}
+    assert {str(path.relative_to(ROOT)) for path in needed} | named <= packed
+    assert not {name for name in packed if name.startswith("tests/") or name.endswith((".so", "_build_info.py"))}
 
 
 @pytest.fixture

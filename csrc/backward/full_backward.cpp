@@ -1,3 +1,5 @@
+#include "precompiled.h"
+
 #include "backward/full_backward.h"
 
 #include <torch/csrc/autograd/engine.h>

@@ -1,3 +1,5 @@
+#include "precompiled.h"
+
 #include "backward/graph_splitter.h"
 
 #include "backward/python_nodes.h"

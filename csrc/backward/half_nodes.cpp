@@ -1,3 +1,5 @@
+#include "precompiled.h"
+
 #include "backward/half_nodes.h"
 
 #include "backward/leaf_paths.h"

@@ -1,8 +1,11 @@
+#include "precompiled.h"
+
 #include "backward/leaf_paths.h"
+
+#include "backward/weight_products.h"
 
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
-#include <torch/csrc/autograd/generated/Functions.h>
 
 #include <typeinfo>
 #include <utility>
@@ -29,11 +32,6 @@ bool is_leaf_on_cpu(const Node& node) {
   }
   const at::Tensor& variable = static_cast<const AccumulateGrad&>(node).variable;
   return variable.defined() && variable.is_cpu();
-}
-
-bool is_transposition_or_cast(const Node& node) {
-  return typeid(node) == typeid(torch::autograd::generated::TBackward0) ||
-         typeid(node) == typeid(torch::autograd::generated::ToCopyBackward0);
 }
 
 }  // namespace

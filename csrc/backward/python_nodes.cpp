@@ -1,3 +1,5 @@
+#include "precompiled.h"
+
 #include "backward/python_nodes.h"
 
 #include <torch/csrc/autograd/python_cpp_function.h>

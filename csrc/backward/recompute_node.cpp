@@ -1,3 +1,5 @@
+#include "precompiled.h"
+
 #include "backward/recompute_node.h"
 
 #include "backward/python_nodes.h"

@@ -1,3 +1,5 @@
+#include "precompiled.h"
+
 #include "backward/split_backward.h"
 
 #include "backward/full_backward.h"

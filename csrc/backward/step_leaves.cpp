@@ -1,3 +1,5 @@
+#include "precompiled.h"
+
 #include "backward/step_leaves.h"
 
 #include <torch/csrc/autograd/functions/accumulate_grad.h>

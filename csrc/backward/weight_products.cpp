@@ -1,3 +1,5 @@
+#include "precompiled.h"
+
 #include "backward/weight_products.h"
 
 #include <ATen/SavedTensorHooks.h>
@@ -127,6 +129,10 @@ const WeightProduct* weight_product_of(const Node& node) {
     entry->second = found == kProducts.end() ? nullptr : found->second;
   }
   return entry->second;
+}
+
+bool is_transposition_or_cast(const Node& node) {
+  return typeid(node) == typeid(generated::TBackward0) || typeid(node) == typeid(generated::ToCopyBackward0);
 }
 
 }  // namespace pp_runtime

@@ -22,4 +22,7 @@ struct WeightProduct {
 /// The node's kind, or null where it is to run whole.
 const WeightProduct* weight_product_of(const torch::autograd::Node& node);
 
+/// Whether the node only turns a weight around or changes its dtype, on the way from a product to the leaf.
+bool is_transposition_or_cast(const torch::autograd::Node& node);
+
 }  // namespace pp_runtime

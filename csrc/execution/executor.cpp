@@ -1,9 +1,13 @@
+#include "precompiled.h"
+
 #include "execution/executor.h"
 
 #include "oversight/signals.h"
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/record_function.h>
+#include <pybind11/cast.h>
+#include <pybind11/gil.h>
 
 #include <chrono>
 #include <stdexcept>

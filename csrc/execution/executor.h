@@ -9,7 +9,7 @@
 #include "transport/confirmation.h"
 #include "transport/transport.h"
 
-#include <torch/csrc/utils/pybind.h>
+#include <pybind11/pytypes.h>
 
 #include <memory>
 #include <string>

@@ -1,3 +1,5 @@
+#include "precompiled.h"
+
 #include "execution/python_values.h"
 
 #include <torch/csrc/autograd/python_variable.h>
@@ -32,6 +34,12 @@ SharedPython share_python(py::object object) {
 
 bool is_given(const py::object& object) { return object && !object.is_none(); }
 
+bool is_tensor(PyObject* object) { return THPVariable_Check(object); }
+
+const at::Tensor& tensor_in(PyObject* object) { return THPVariable_Unpack(object); }
+
+py::object wrapped(const at::Tensor& tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)); }
+
 bool plain_tensors(PyObject* output, std::vector<at::Tensor>& tensors) {
   if (THPVariable_Check(output)) {
     tensors.push_back(THPVariable_Unpack(output));
@@ -65,7 +73,7 @@ py::object tuple_of(const std::vector<at::Tensor>& tensors) {
 py::list list_of(const std::vector<at::Tensor>& tensors) {
   py::list list;
   for (const at::Tensor& tensor : tensors) {
-    list.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)));
+    list.append(wrapped(tensor));
   }
   return list;
 }
@@ -99,7 +107,7 @@ bool any_may_require_grad(PyObject* args, PyObject* kwargs) {
 
 py::object without_graph(const py::object& output) {
   if (THPVariable_Check(output.ptr())) {
-    return py::reinterpret_steal<py::object>(THPVariable_Wrap(THPVariable_Unpack(output.ptr()).detach()));
+    return wrapped(tensor_in(output.ptr()).detach());
   }
   if (PyTuple_CheckExact(output.ptr()) || PyList_CheckExact(output.ptr())) {
     py::list items;

@@ -1,6 +1,7 @@
 #pragma once
 
-#include <torch/csrc/utils/pybind.h>
+#include <ATen/core/Tensor.h>
+#include <pybind11/pytypes.h>
 
 #include <memory>
 #include <vector>
@@ -16,13 +17,16 @@ SharedPython share_python(pybind11::object object);
 /// Not null, and not None.
 bool is_given(const pybind11::object& object);
 
-/// The tensors of a plain output: a tensor, or a tuple or list of tensors. False where it is something else.
-bool plain_tensors(PyObject* output, std::vector<at::Tensor>& tensors);
-
-/// Tensors to Python and back; an undefined tensor is a None.
+/// Tensors to Python and back; an undefined tensor is a None. `tensor_in` wants what `is_tensor` says is one.
+bool is_tensor(PyObject* object);
+const at::Tensor& tensor_in(PyObject* object);
+pybind11::object wrapped(const at::Tensor& tensor);
 pybind11::object tuple_of(const std::vector<at::Tensor>& tensors);
 pybind11::list list_of(const std::vector<at::Tensor>& tensors);
 std::vector<at::Tensor> tensors_of(const pybind11::handle& sequence);
+
+/// The tensors of a plain output: a tensor, or a tuple or list of tensors. False where it is something else.
+bool plain_tensors(PyObject* output, std::vector<at::Tensor>& tensors);
 
 /// Whether something among a stage's arguments may be, or hold, a leaf that requires a gradient. Either may be null.
 bool any_may_require_grad(PyObject* args, PyObject* kwargs);

@@ -6,7 +6,7 @@
 #include "execution/receive_node.h"
 #include "transport/message.h"
 
-#include <torch/csrc/utils/pybind.h>
+#include <pybind11/pytypes.h>
 
 #include <memory>
 #include <string>

@@ -1,9 +1,15 @@
+#include "precompiled.h"
+
 #include "execution/stage.h"
 
 #include "backward/full_backward.h"
 #include "execution/python_values.h"
 
-#include <ATen/Functions.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/ones_like.h>
+#include <pybind11/cast.h>
+#include <pybind11/gil.h>
 
 #include <stdexcept>
 #include <utility>

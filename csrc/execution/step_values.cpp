@@ -1,9 +1,11 @@
+#include "precompiled.h"
+
 #include "execution/step_values.h"
 
 #include "execution/python_values.h"
 #include "execution/stage.h"
 
-#include <torch/csrc/autograd/python_variable.h>
+#include <pybind11/cast.h>
 
 #include <string>
 #include <utility>
@@ -61,13 +63,13 @@ py::object StepValues::compute_loss(Stage& stage, size_t microbatch, const py::o
   const py::object target = input_.targets[py::int_(microbatch)];
   const py::object loss = is_given(input_.loss_kwargs) ? input_.loss_fn(output, target, **py::dict(input_.loss_kwargs))
                                                        : input_.loss_fn(output, target);
-  if (!THPVariable_Check(loss.ptr())) {
+  if (!is_tensor(loss.ptr())) {
     throw py::type_error("loss_fn returned " + std::string(Py_TYPE(loss.ptr())->tp_name) + " for microbatch " +
                          std::to_string(microbatch) + ": let it return a tensor");
   }
-  const at::Tensor& tensor = THPVariable_Unpack(loss.ptr());
+  const at::Tensor& tensor = tensor_in(loss.ptr());
   stage.set_loss(microbatch, tensor);
-  kept = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor.detach()));
+  kept = wrapped(tensor.detach());
   return loss;
 }
 

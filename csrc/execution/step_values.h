@@ -1,6 +1,6 @@
 #pragma once
 
-#include <torch/csrc/utils/pybind.h>
+#include <pybind11/pytypes.h>
 
 #include <cstddef>
 #include <vector>

@@ -1,8 +1,10 @@
+#include "precompiled.h"
+
 #include "lanes/recorded_peer_memory.h"
 
 #include "oversight/segment.h"
 
-#include <ATen/Functions.h>
+#include <ATen/ops/from_blob.h>
 
 #include <memory>
 #include <stdexcept>

@@ -1,6 +1,8 @@
+#include "precompiled.h"
+
 #include "lanes/slots.h"
 
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 

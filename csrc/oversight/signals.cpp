@@ -1,12 +1,14 @@
 #include "oversight/signals.h"
 
-#include <torch/csrc/utils/pybind.h>
+#include <Python.h>
 
 namespace pp_runtime {
 
 void check_signals() {
-  const pybind11::gil_scoped_acquire gil;
-  if (PyErr_CheckSignals() != 0) {
+  const PyGILState_STATE gil = PyGILState_Ensure();
+  const bool raised = PyErr_CheckSignals() != 0;
+  PyGILState_Release(gil);
+  if (raised) {
     throw Interrupted();
   }
 }

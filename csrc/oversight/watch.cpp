@@ -1,4 +1,8 @@
+#include "precompiled.h"
+
 #include "oversight/watch.h"
+
+#include <torch/csrc/distributed/c10d/Store.hpp>
 
 #include <poll.h>
 #include <sys/syscall.h>

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <torch/csrc/distributed/c10d/Store.hpp>
+#include <c10/util/intrusive_ptr.h>
 
 #include <atomic>
 #include <chrono>
@@ -10,6 +10,10 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+namespace c10d {
+class Store;
+}
 
 namespace pp_runtime {
 

@@ -1,4 +1,8 @@
+#include "precompiled.h"
+
 #include "oversight/whereabouts.h"
+
+#include <torch/csrc/distributed/c10d/Store.hpp>
 
 #include <algorithm>
 #include <cstring>

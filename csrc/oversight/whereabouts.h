@@ -3,7 +3,7 @@
 #include "oversight/operation.h"
 #include "oversight/segment.h"
 
-#include <torch/csrc/distributed/c10d/Store.hpp>
+#include <c10/util/intrusive_ptr.h>
 
 #include <array>
 #include <atomic>
@@ -14,6 +14,10 @@
 #include <mutex>
 #include <string>
 #include <thread>
+
+namespace c10d {
+class Store;
+}
 
 namespace pp_runtime {
 

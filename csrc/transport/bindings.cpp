@@ -1,6 +1,5 @@
 #include "bindings.h"
 #include "transport/c10d.h"
-#include "transport/c10d_confirmation.h"
 #include "transport/communicator_channel.h"
 #include "transport/confirmation.h"
 #include "transport/device_memory.h"

@@ -1,6 +1,9 @@
+#include "precompiled.h"
+
 #include "transport/c10d.h"
 
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cstring>
@@ -17,6 +20,8 @@ constexpr size_t kAhead = 32;
 constexpr size_t kBytesAhead = 1 << 20;
 /// A sender waits for nobody while it has no more than this under way, also where the plan could do with less.
 constexpr size_t kSendsInFlight = 8;
+/// Seconds; a rank that waits for the end of a step looks longer than that before it gives up.
+constexpr double kLongStep = 0.4;
 
 struct BlockHead {
   uint32_t description_bytes;
@@ -197,6 +202,38 @@ at::Tensor C10dReceiveChannel::receive_more(size_t bytes) {
 void C10dReceiveChannel::receive_payload(Message& message, const MessageSpec& spec) {
   const at::Tensor buffer = spec.payload_bytes > 0 ? receive_more(spec.payload_bytes) : bytes_on_host(0);
   message.tensors = unpack(buffer, 0, spec, holder_of(buffer));
+}
+
+C10dConfirmation::C10dConfirmation(C10dPath path, int ranks, int own_rank, std::shared_ptr<WaitGuard> guard)
+    : path_(std::move(path)), ranks_(ranks), own_rank_(own_rank), guard_(std::move(guard)) {}
+
+void C10dConfirmation::send(int peer) {
+  std::vector<at::Tensor> word = {at::zeros({1}, at::kByte)};
+  guard_->wait(guard_->post(peer, [&] { return path_.group->send(word, peer, path_.tag); }), peer);
+}
+
+void C10dConfirmation::receive(int peer) {
+  std::vector<at::Tensor> word = {at::zeros({1}, at::kByte)};
+  guard_->wait(guard_->post(peer, [&] { return path_.group->recv(word, peer, path_.tag); }), peer);
+}
+
+void C10dConfirmation::confirm() {
+  if (own_rank_ != 0) {
+    send(0);
+    receive(0);
+    return;
+  }
+  for (int rank = 1; rank < ranks_; ++rank) {
+    receive(rank);
+  }
+  const std::chrono::duration<double> taken = Watch::Clock::now() - last_;
+  if (taken.count() > std::min(kLongStep, guard_->watch().deadline() / 2)) {
+    guard_->watch().look_for_failure(Watch::Clock::now());
+  }
+  for (int rank = 1; rank < ranks_; ++rank) {
+    send(rank);
+  }
+  last_ = Watch::Clock::now();
 }
 
 }  // namespace pp_runtime

@@ -1,9 +1,10 @@
+#include "precompiled.h"
+
 #include "transport/communicator_channel.h"
 
-#include <torch/csrc/utils/pybind.h>
+#include <Python.h>
 
 #include <deque>
-#include <optional>
 #include <utility>
 #include <vector>
 
@@ -14,14 +15,17 @@ namespace {
 /// Gives up the GIL where the calling thread has it: the end of a process group waits for threads that may need it.
 class WithoutGil {
  public:
-  WithoutGil() {
-    if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) {
-      released_.emplace();
+  WithoutGil() : state_(Py_IsInitialized() != 0 && PyGILState_Check() != 0 ? PyEval_SaveThread() : nullptr) {}
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+  ~WithoutGil() {
+    if (state_ != nullptr) {
+      PyEval_RestoreThread(state_);
     }
   }
 
  private:
-  std::optional<pybind11::gil_scoped_release> released_;
+  PyThreadState* state_;
 };
 
 /// Work that a process group queues while `lane` is current waits for the lane, and the lane for it.

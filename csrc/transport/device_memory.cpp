@@ -1,3 +1,5 @@
+#include "precompiled.h"
+
 #include "transport/device_memory.h"
 
 #include "transport/doorbell.h"

@@ -1,7 +1,9 @@
+#include "precompiled.h"
+
 #include "transport/lane_channel.h"
 
-#include <ATen/Functions.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/StreamGuard.h>
 
 #include <chrono>

@@ -1,6 +1,9 @@
+#include "precompiled.h"
+
 #include "transport/message.h"
 
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>

@@ -1,7 +1,5 @@
 #include "transport/shared_memory.h"
 
-#include <ATen/Functions.h>
-
 #include <array>
 #include <bit>
 #include <cstring>

@@ -1,3 +1,5 @@
+#include "precompiled.h"
+
 #include "transport/wait_guard.h"
 
 #include <chrono>

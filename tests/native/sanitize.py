@@ -36,6 +36,8 @@ OPTIONS = {
 # -Wno-...: what gcc's sanitizers make of torch's headers.
 FLAGS = [
     "-std=c++20",
+    "-DAT_PER_OPERATOR_HEADERS",
+    "-DPP_RUNTIME_WITHOUT_PYTHON",
     "-O1",
     "-g1",
     "-fno-omit-frame-pointer",
