@@ -15,8 +15,8 @@
 //     transport    messages between ranks, one file a transport, and the end of a step on all of them
 //     lanes        streams, events, slots, and the log that proves their order
 //     backward     full and split
-//     oversight    who is where, who failed, who waits for whom; and the memory that ranks of a host share to see it
 //     cuda         what only CUDA has
+//     oversight    who is where, who failed, who waits for whom; and the memory that ranks of a host share
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The C++ runtime of pp_runtime.";
   // From the lowest up: a class is bound after those that it derives from or takes.

@@ -118,11 +118,6 @@ class PeerPage:
     @staticmethod
     def opens(memory: PeerMemory, pid: int, fd: int) -> bool: ...
 
-class CudaPeerMemory(PeerMemory):
-    """Of CUDA builds only."""
-
-    def __init__(self, device: torch.device) -> None: ...
-
 class CommunicatorPath:
     def __init__(
         self,

@@ -1,7 +1,11 @@
 #include "bindings.h"
 #include "lanes/lanes.h"
-#include "lanes/peer_memory.h"
+#include "oversight/peer_memory.h"
 #include "lanes/recorded_peer_memory.h"
+
+#if PP_RUNTIME_CUDA
+#include "cuda/peer_memory.h"
+#endif
 
 #include <torch/csrc/utils/pybind.h>
 
@@ -43,6 +47,10 @@ void bind_peer_memory(py::module_& m) {
   py::class_<PeerMemory, std::shared_ptr<PeerMemory>>(m, "PeerMemory").def_property_readonly("name", &PeerMemory::name);
   py::class_<RecordedPeerMemory, PeerMemory, std::shared_ptr<RecordedPeerMemory>>(m, "RecordedPeerMemory")
       .def(py::init<>());
+#if PP_RUNTIME_CUDA
+  py::class_<cuda::CudaPeerMemory, PeerMemory, std::shared_ptr<cuda::CudaPeerMemory>>(m, "CudaPeerMemory")
+      .def(py::init<at::Device>(), py::arg("device"));
+#endif
   py::class_<PeerPage>(m, "PeerPage")
       .def(py::init([](PeerMemory& memory) {
              py::gil_scoped_release no_gil;

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "lanes/peer_memory.h"
+#include "oversight/peer_memory.h"
 #include "oversight/segment.h"
 #include "transport/lane_channel.h"
 #include "transport/peer.h"

@@ -20,7 +20,7 @@ _makers: dict[str, MakesPeerMemory] = {}
 def register_peer_memory(device_type: str, make: MakesPeerMemory) -> None:
     """Let channels between devices of this type, on one host, go through memory that both ranks map.
 
-    ``make(device)`` returns what implements csrc/lanes/peer_memory.h for the device, or raises RuntimeError where it
+    ``make(device)`` returns what implements csrc/oversight/peer_memory.h for the device, or raises RuntimeError where it
     has none. Registering a type again replaces it.
     """
     _makers[device_type] = make
@@ -37,5 +37,6 @@ def peer_memory_of(device: torch.device) -> _C.PeerMemory | None:
         return None
 
 
-if hasattr(_C, "CudaPeerMemory"):
-    register_peer_memory("cuda", lambda device: _C.CudaPeerMemory(device))
+_cuda = getattr(_C, "CudaPeerMemory", None)  # of a CUDA build
+if _cuda is not None:
+    register_peer_memory("cuda", _cuda)

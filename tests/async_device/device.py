@@ -119,7 +119,7 @@ def _device_module(sim: Any) -> types.ModuleType:
 
 def built() -> Path:
     """The extension's file, built if need be: what has changed is compiled again."""
-    headers = _digest(FLAGS + [torch.__version__, sysconfig.get_python_version()], [*HERE.glob("csrc/*.h"), CSRC / "lanes" / "peer_memory.h"])
+    headers = _digest(FLAGS + [torch.__version__, sysconfig.get_python_version()], [*HERE.glob("csrc/*.h"), CSRC / "oversight" / "peer_memory.h"])
     objects = {BUILD / f"{path.stem}-{_digest([headers], [path])}.o": path for path in HERE.glob("csrc/*.cpp")}
     target = BUILD / _digest(sorted(made.name for made in objects), []) / f"{NAME}.so"
     with _locked(BUILD / "lock"):

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "lanes/peer_memory.h"
+#include "oversight/peer_memory.h"
 
 #include <string>
 
