@@ -56,14 +56,14 @@ lint: $(VENV)/made
 	check $(VENV)/bin/ruff check .; \
 	check $(VENV)/bin/ruff format --check .; \
 	check $(VENV)/bin/mypy; \
-	echo clang-format --dry-run csrc tests/native; \
-	find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs -r $(VENV)/bin/clang-format --dry-run -Werror || failed=1; \
+	echo clang-format --dry-run csrc tests/native tests/async_device; \
+	find csrc tests/native tests/async_device -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs -r $(VENV)/bin/clang-format --dry-run -Werror || failed=1; \
 	exit $$failed
 
 format: $(VENV)/made
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs -r $(VENV)/bin/clang-format -i
+	find csrc tests/native tests/async_device -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs -r $(VENV)/bin/clang-format -i
 
 docs:
 	@SYSTEM_PYTHON=$(SYSTEM_PYTHON) .ci/docs

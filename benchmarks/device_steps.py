@@ -12,9 +12,9 @@ schedule, autograd, messages' descriptions, and so is the order in which it queu
 The bound is the makespan of the schedule's order at the same durations. Efficiency is bound / step; a step begins when
 all ranks stand ready and ends when the last device is done. "host" is the processor time of a rank's process a step,
 "ahead" how long before its device a rank's host is done, as a share of the step. "buffers" is what a rank's pipeline
-keeps on its device between steps, in messages, "peak" the most that is in use during one, with activations,
-without the batch, weights and their gradients. Medians over turns, in
-which the libraries alternate; of the ranks the mean, for memory the most.
+keeps on its device between steps, in messages, "peak" the most that is in use during one, with activations and without
+the batch, weights and their gradients. Medians over turns, in which the libraries alternate; of the ranks the mean, for
+memory the most.
 
 More hosts than cores need time that a cluster's would not: durations are multiplied by --slower, by default the ranks
 over the cores, which leaves each host its share. Times are shown divided by it.
@@ -61,6 +61,7 @@ class Durations:
     transfer: float
     launch: float
     slower: float
+    eager: bool
 
     def costs(self, num_stages: int) -> Costs:
         """What the bound pays; I and W take as long as F. The batch has no gradient, so the first stage has no I."""
@@ -72,6 +73,7 @@ class Durations:
         times = {"forward": self.forward, "transfer": self.transfer, "launch": self.launch}
         us = {name: 1e3 * value * self.slower for name, value in times.items()}
         sim.set_poison(False)
+        sim.set_rendezvous(not self.eager)
         sim.sleep_instead_of_computing({"aten::mm": us["forward"]}, us["launch"], us["transfer"], us["launch"])
 
 
@@ -106,12 +108,12 @@ class Pipeline:
         self.args = (rows,) if 0 in modules else ()
         self.options: dict[str, Any] = {"target": rows} if num_stages - 1 in modules else {}
         self.step()  # computes: torch sends objects over the device
+        gc.collect()
         self.measured.buffers = self._in_use() - self._before - (rows.nbytes if self.args or self.options else 0)
 
     def _in_use(self) -> int:
         for module in self.modules.values():
             module.zero_grad()
-        gc.collect()
         self.sim.synchronize()
         return self.sim.memory_in_use(forget=True)[0]
 
@@ -203,6 +205,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--forward-ms", type=float, default=4.0, help="also of I and of W")
     parser.add_argument("--transfer-ms", type=float, nargs="+", default=[0.3])
     parser.add_argument("--launch-us", type=float, default=10.0)
+    parser.add_argument("--eager", action="store_true", help="a send ends without its receiver, as short ones do")
     parser.add_argument("--slower", type=float, help="ranks over cores where not given")
     return parser.parse_args()
 
@@ -221,7 +224,7 @@ def main() -> None:
         slower = flags.slower or max(1.0, size / (os.cpu_count() or 1))
         count = flags.microbatches or 2 * size
         for transfer in flags.transfer_ms:
-            durations = Durations(flags.forward_ms, transfer, flags.launch_us / 1e3, slower)
+            durations = Durations(flags.forward_ms, transfer, flags.launch_us / 1e3, slower, flags.eager)
             for schedule in flags.schedules:
                 least = bound(schedule, size, count, durations)
                 options: dict[str, Any] = {"backend": device.BACKENDS, "prepare": device.load}

@@ -16,7 +16,7 @@ from torch import nn
 
 from tests.async_device import device
 from tests.helpers import api, models, reference
-from tests.helpers.failures import PROMPT, Met
+from tests.helpers.failures import PROMPT, Met, meet
 from tests.helpers.pipelines import (
     EVERY_SCHEDULE,
     LOOPED,
@@ -89,7 +89,7 @@ def test_every_model_equals_the_plain_one(seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["direction", "shared"])
-def test_fewer_communicators_serve_schedules_that_allow_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_communicators_serve_schedules_that_allow_it(kind: str) -> None:
     assert device.run(_train_over, 2, kind=kind) == [[], []]
 
 
@@ -204,7 +204,6 @@ def _fail_on_a_stream(rank: int) -> Met | None:
     twins.train("step 0", twins.example.batch(10, 0))
     if rank == 1:
         sim.queue_failure("an illegal memory access")
-    from tests.helpers.failures import meet
 
     def train_on() -> None:
         for number in range(1, 4):
@@ -218,3 +217,18 @@ def test_a_device_that_fails_is_an_error_on_every_rank() -> None:
     for rank, met in enumerate(device.run(_fail_on_a_stream, 3)):
         assert met is not None and met.seconds < PROMPT, f"rank {rank}: {met}"
         assert "an illegal memory access" in met.text, f"rank {rank}: {met}"
+
+
+def _train_without_communicators(rank: int) -> Met | None:
+    """As with a backend that nobody has registered."""
+    from pp_runtime.running import communicators
+
+    del communicators._makers[device.BACKEND]
+    twins = Twins(rank, Setting("1F1B", 5))
+    return meet(lambda: twins.train("step 0", twins.example.batch(10, 0)))
+
+
+def test_a_backend_that_is_not_registered_is_refused() -> None:
+    for met in device.run(_train_without_communicators, 2):
+        assert met is not None and met.is_a("PipelineUsageError")
+        assert "backend 'simccl'" in met.text and "register_communicator" in met.text
