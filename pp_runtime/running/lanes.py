@@ -36,8 +36,8 @@ class LaneRecording:
 def recorded_lanes(omitted_wait: int = -1) -> Iterator[LaneRecording]:
     """Runtimes of CPU stages that open their channels in this context have lanes, and these are recorded.
 
-    They send through the process group, as an accelerator's do; with PP_RUNTIME_TRANSPORT=device into each other's memory. ``omitted_wait`` leaves the wait of that number out of
-    the recording, as if the runtime had forgotten it.
+    They send through the process group, as an accelerator's do; with PP_RUNTIME_TRANSPORT=device into each other's
+    memory. ``omitted_wait`` leaves the wait of that number out of the recording, as if the runtime had forgotten it.
     """
     global _log
     _log = _C.LaneLog(omitted_wait)

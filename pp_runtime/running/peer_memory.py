@@ -20,8 +20,8 @@ _makers: dict[str, MakesPeerMemory] = {}
 def register_peer_memory(device_type: str, make: MakesPeerMemory) -> None:
     """Let channels between devices of this type, on one host, go through memory that both ranks map.
 
-    ``make(device)`` returns what implements csrc/oversight/peer_memory.h for the device, or raises RuntimeError where it
-    has none. Registering a type again replaces it.
+    ``make(device)`` returns what implements csrc/oversight/peer_memory.h for the device, or raises RuntimeError where
+    it has none. Registering a type again replaces it.
     """
     _makers[device_type] = make
 

@@ -98,6 +98,11 @@ def _make_communicator(sim: Any, store: dist.Store, rank: int, size: int, **_: A
     return sim.Group(store, rank, size, BACKEND)
 
 
+def send_through_communicators() -> None:
+    """Have the channels that this process opens from now on send as they do between devices that share no memory."""
+    os.environ["PP_RUNTIME_TRANSPORT"] = "c10d"
+
+
 def _device_module(sim: Any) -> types.ModuleType:
     """What torch and its libraries look for as ``torch.sim``."""
     module: Any = types.ModuleType("torch.sim")
@@ -119,7 +124,8 @@ def _device_module(sim: Any) -> types.ModuleType:
 
 def built() -> Path:
     """The extension's file, built if need be: what has changed is compiled again."""
-    headers = _digest(FLAGS + [torch.__version__, sysconfig.get_python_version()], [*HERE.glob("csrc/*.h"), CSRC / "oversight" / "peer_memory.h"])
+    included = [*HERE.glob("csrc/*.h"), CSRC / "oversight" / "peer_memory.h"]
+    headers = _digest([*FLAGS, torch.__version__, sysconfig.get_python_version()], included)
     objects = {BUILD / f"{path.stem}-{_digest([headers], [path])}.o": path for path in HERE.glob("csrc/*.cpp")}
     target = BUILD / _digest(sorted(made.name for made in objects), []) / f"{NAME}.so"
     with _locked(BUILD / "lock"):

@@ -70,6 +70,7 @@ class _Trials:
         self.method = method
         self.rank, self.delay_us, self.seed = rank, delay_us, 1000 * seed + rank
         self.sim = device.load()
+        device.send_through_communicators()  # whose streams the log knows
         self.twins = Twins(rank, setting)
         self.names: dict[int, str] = {0: COMPUTE}
         # Steps differ, or what a slot held before would be right.

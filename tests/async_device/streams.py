@@ -74,7 +74,7 @@ def _of_rank(rank: int, log: Iterable[LaneEntry]) -> Iterator[list[LaneEntry]]:
     """Each entry under the rank's names, after the waits that stand for what its host knew."""
     known: list[int] = []
     told: dict[str, int] = {}
-    for kind, name, moment, text, reads, writes in log:
+    for kind, name, moment, text, reads, writes, *_ in log:
         lane, event = f"rank {rank}, {name}", moment * 1000 + rank
         if kind == "passed":
             known.append(event)

@@ -20,7 +20,7 @@ from pp_runtime import _C
 from pp_runtime.errors import PipelineUsageError
 from pp_runtime.orders.catalogue import build_order
 from pp_runtime.orders.edges import adjacent_edges
-from pp_runtime.planning.lane_order import LaneEntry, races
+from pp_runtime.planning.lane_order import LaneEntry, merged, races
 from pp_runtime.planning.passes.communication import insert_communication
 from pp_runtime.running.communicators import check_sequences
 from pp_runtime.running.lanes import recorded_lanes
@@ -91,6 +91,38 @@ def test_a_loaded_order_is_in_order(name: str, tmp_path: Path) -> None:
     rows, owners = test_user_orders.ORDERS[name]()
     path = test_user_orders._write(tmp_path / "order.csv", rows)
     assert ranks.run(_on_lanes, 2, train=test_user_orders._train, path=path, owners=owners) == [[], []]
+
+
+def _on_device_channels(rank: int, setting: Setting, omitted_wait: int = -1) -> tuple[list[str], list[LaneEntry]]:
+    os.environ["PP_RUNTIME_TRANSPORT"] = "device"
+    return _train(rank, setting, omitted_wait)
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "InterleavedZeroBubble", "DualPipeV", "LoopedBFS"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_ranks_that_write_into_each_others_memory_are_in_order_together(count: int, schedule: str) -> None:
+    setting = Setting(schedule, 2 * count + 1, stages_allowed(schedule)[-1])
+    trained = ranks.run(_on_device_channels, count, setting=setting)
+    assert [differing for differing, _ in trained] == [[]] * count
+    entries = merged(dict(enumerate(entries for _, entries in trained)))
+    assert [str(race) for race in races(entries)] == []
+    writes = Counter(name for entry in entries for name in entry.writes if name.startswith("shared "))
+    assert max(writes.values()) >= 2, "no slot was used twice"
+    assert any(entry.kind == "await" and entry.text.startswith("freed") for entry in entries)
+
+
+def test_a_wait_for_another_ranks_number_that_is_forgotten_is_named() -> None:
+    (_, whole), (_, other) = ranks.run(_on_device_channels, 2, setting=Setting("1F1B", 6))
+    awaits = [place for place, entry in enumerate(whole) if entry.kind == "await" and "arrived" in entry.text]
+    for place in awaits:
+        left = merged({0: whole[:place] + whole[place + 1 :], 1: other})
+        assert any("copy for" in str(race) for race in races(left)), whole[place]
+
+
+def test_a_wait_that_is_queued_before_what_ends_it_is_named() -> None:
+    (_, first), (_, second) = ranks.run(_on_device_channels, 2, setting=Setting("1F1B", 4))
+    early = [entry._replace(time=entry.time - 10**12) if entry.kind == "await" else entry for entry in second]
+    assert any("was not queued before" in str(found) for found in races(merged({0: first, 1: early})))
 
 
 def _without_each_wait(rank: int) -> tuple[int, list[str]]:

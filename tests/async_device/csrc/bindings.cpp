@@ -92,6 +92,13 @@ void bind_behaviour(py::module_& m) {
     settings().sleeps = false;
     settings().launch_takes = std::chrono::nanoseconds(0);
   });
+  m.def(
+      "leave_out_await",
+      [](int64_t number) {
+        settings().left_out_await = number;
+        return settings().awaits.exchange(0);
+      },
+      py::arg("number"));
   m.def("queue_sleep", &queue_sleep, py::arg("us"));
   m.def("queue_failure", &queue_failure, py::arg("what"));
   m.def("forget_failure", &forget_failure);
