@@ -45,10 +45,13 @@ def test_messages_of_all_sizes_arrive_whole(transport: str) -> None:
     assert device.run(_grow, 2, transport=transport) == [(set(ends), [])] * 2
 
 
-def _leave_awaits_out(rank: int) -> tuple[int, list[int]]:
-    """Leaves each wait of rank 1 for a number of rank 0's out once, where rank 0's device is slow."""
+def _leave_awaits_out(rank: int) -> list[tuple[bool, bool]]:
+    """Leaves each wait of rank 1 for a number of rank 0's out once, where rank 0's device is slow.
+
+    For each, whether it was for a message's arrival (or for a slot to send in), and whether numbers were wrong.
+    """
     sim = device.load()
-    tried, unnoticed = 0, []
+    tried = []
     for number in range(12):
         twins = Twins(rank, Setting("1F1B", 5))
         twins.train("to open the channels", twins.example.batch(10, 0))
@@ -62,19 +65,16 @@ def _leave_awaits_out(rank: int) -> tuple[int, list[int]]:
         asked = sim.leave_out_await(-1)
         told: list[Any] = [None, None]
         dist.all_gather_object(told, bool(found))
-        if asked > number:
-            tried += 1
-            unnoticed += [] if any(told) else [number]
-    return tried, unnoticed
+        if len(asked) > number:
+            tried.append((asked[number] == asked[0], any(told)))  # it receives before it sends
+    return tried
 
 
-def test_a_wait_for_a_peers_number_that_is_left_out_gives_wrong_numbers() -> None:
-    """But for those that the flow of data covers: what is sent was computed from what the slot's last reader made.
-
-    Rank 1 waits by turns for a message and for a slot to send one in.
-    """
-    _, (tried, unnoticed) = device.run(_leave_awaits_out, 2)
-    assert tried == 10 and not [number for number in unnoticed if number % 2 == 0], f"{unnoticed} of {tried}"
+def test_a_wait_for_a_peers_message_that_is_left_out_gives_wrong_numbers() -> None:
+    """The waits for a slot are covered by the flow of data: what is sent comes of what the slot's last reader made."""
+    _, tried = device.run(_leave_awaits_out, 2)
+    arrivals = [wrong for is_arrival, wrong in tried if is_arrival]
+    assert len(arrivals) >= 4 and all(arrivals), tried
 
 
 class Dies(nn.Module):

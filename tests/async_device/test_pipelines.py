@@ -223,6 +223,7 @@ def _train_without_communicators(rank: int) -> Met | None:
     """As with a backend that nobody has registered."""
     from pp_runtime.running import communicators
 
+    device.send_through_communicators()
     del communicators._makers[device.BACKEND]
     twins = Twins(rank, Setting("1F1B", 5))
     return meet(lambda: twins.train("step 0", twins.example.batch(10, 0)))

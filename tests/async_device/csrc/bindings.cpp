@@ -10,6 +10,8 @@
 
 #include <torch/csrc/utils/pybind.h>
 
+#include <pybind11/stl.h>
+
 #include <chrono>
 #include <stdexcept>
 #include <thread>
@@ -92,13 +94,7 @@ void bind_behaviour(py::module_& m) {
     settings().sleeps = false;
     settings().launch_takes = std::chrono::nanoseconds(0);
   });
-  m.def(
-      "leave_out_await",
-      [](int64_t number) {
-        settings().left_out_await = number;
-        return settings().awaits.exchange(0);
-      },
-      py::arg("number"));
+  m.def("leave_out_await", &leave_out_await, py::arg("number"));
   m.def("queue_sleep", &queue_sleep, py::arg("us"));
   m.def("queue_failure", &queue_failure, py::arg("what"));
   m.def("forget_failure", &forget_failure);

@@ -1,6 +1,5 @@
 #include "peer_memory.h"
 
-#include "settings.h"
 #include "streams.h"
 
 #include <ATen/Functions.h>
@@ -12,14 +11,27 @@
 
 #include <algorithm>
 #include <chrono>
+#include <mutex>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 
 namespace async_device {
 
 namespace {
 
 constexpr std::chrono::microseconds kLook{20};
+
+struct Awaits {
+  std::mutex mutex;
+  std::vector<int64_t> streams;
+  int64_t left_out = -1;
+};
+
+Awaits& awaits() {
+  static auto* kept = new Awaits;
+  return *kept;
+}
 
 /// Takes the descriptor; unmapped and closed with the last tensor.
 at::Tensor mapped(int fd, size_t bytes) {
@@ -70,8 +82,12 @@ void PeerMemory::write(const c10::Stream& on, std::atomic<uint32_t>& number, uin
 }
 
 void PeerMemory::wait(const c10::Stream& on, const std::atomic<uint32_t>& number, uint32_t value) {
-  if (settings().awaits++ == settings().left_out_await) {
-    return;
+  {
+    const std::lock_guard lock(awaits().mutex);
+    awaits().streams.push_back(on.id());
+    if (static_cast<int64_t>(awaits().streams.size()) == awaits().left_out + 1) {
+      return;
+    }
   }
   stream(on.id()).queue([&number, value](Time begin) {
     const auto is_there = [&] { return static_cast<int32_t>(number.load(std::memory_order_acquire) - value) >= 0; };
@@ -83,6 +99,12 @@ void PeerMemory::wait(const c10::Stream& on, const std::atomic<uint32_t>& number
     }
     return std::max(begin, Clock::now());
   });
+}
+
+std::vector<int64_t> leave_out_await(int64_t number) {
+  const std::lock_guard lock(awaits().mutex);
+  awaits().left_out = number;
+  return std::exchange(awaits().streams, {});
 }
 
 }  // namespace async_device

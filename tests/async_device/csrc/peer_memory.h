@@ -2,7 +2,9 @@
 
 #include "oversight/peer_memory.h"
 
+#include <cstdint>
 #include <string>
+#include <vector>
 
 namespace async_device {
 
@@ -18,5 +20,9 @@ class PeerMemory final : public pp_runtime::PeerMemory {
   void write(const c10::Stream& stream, std::atomic<uint32_t>& number, uint32_t value) override;
   void wait(const c10::Stream& stream, const std::atomic<uint32_t>& number, uint32_t value) override;
 };
+
+/// From now on waits for a peer's number are counted, and the one of this number is left out, -1 for none. Returns
+/// which streams waited since the last call.
+std::vector<int64_t> leave_out_await(int64_t number);
 
 }  // namespace async_device

@@ -24,10 +24,6 @@ struct Settings {
   /// A sender's stream is held until its message has a receiver, as NCCL's is by messages larger than its buffers.
   std::atomic<bool> rendezvous{true};
 
-  /// The wait for a peer's number that is left out, and how many were asked for.
-  std::atomic<int64_t> left_out_await{-1};
-  std::atomic<int64_t> awaits{0};
-
   /// Streams sleep for as long as an operator is said to take, and compute nothing.
   std::atomic<bool> sleeps{false};
   std::map<std::string, std::chrono::nanoseconds> takes;
