@@ -21,7 +21,7 @@ try:
     import torch
 except ImportError as error:
     raise SystemExit(
-        "pp_runtime compiles against the torch that is installed, and none is. Install torch 2.13 or 2.14 with "
+        "pp_runtime compiles against the torch that is installed, and none is. Install torch 2.11 to 2.14 with "
         "setuptools and ninja first, then run pip with --no-build-isolation."
     ) from error
 
