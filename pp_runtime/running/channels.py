@@ -20,7 +20,7 @@ from pp_runtime import _C
 from pp_runtime.errors import PipelineUsageError
 from pp_runtime.planning import Channel
 from pp_runtime.running.agreement import Agreement, group_or_world
-from pp_runtime.running.communicators import Communicators, check_sequences, chosen_communicators
+from pp_runtime.running.communicators import Communicators, check_sequences, chosen_communicators, fewest_communicators
 from pp_runtime.running.lanes import lanes_for
 from pp_runtime.running.oversight import Lookout
 from pp_runtime.running.peer_memory import peer_memory_of
@@ -218,9 +218,14 @@ def _carried(
     channels: Sequence[Channel],
     plan: Plan,
 ) -> _Carried:
-    for order in (plan.with_communication, plan.forward_only):
-        check_sequences(order, plan.placement, plan.wiring.edges, chosen_communicators())
-    communicators = Communicators(group, device, agreement.serial, agreement.rank, channels)
+    orders = plan.with_communication, plan.forward_only
+    kind = chosen_communicators()
+    if kind == "auto":
+        kind = fewest_communicators(orders, plan.placement, plan.edges)
+    else:
+        for order in orders:
+            check_sequences(order, plan.placement, plan.edges, kind)
+    communicators = Communicators(group, device, agreement.serial, agreement.rank, channels, kind)
     memory = _memory_of(device, lanes)
     return _Carried(lanes, memory, communicators, plan.credits(), agreement.watch, _C.WaitGuard(agreement.watch))
 

@@ -2,11 +2,15 @@
 
 A communicator does its sends and receives one after another, on both ends in one sequence. NCCL gives two ranks one
 communicator, so an activation on its way one way would stand before a gradient on its way back, which its receiver
-waits for. So a channel has one of its own; ``PP_RUNTIME_COMMUNICATORS`` chooses fewer, which take less memory:
+waits for. So there are several between two ranks; ``PP_RUNTIME_COMMUNICATORS`` chooses how many:
 
-edge        one a channel: an edge and a direction (the default)
+pair        one for all messages from one rank to another
 direction   one for all activations from one rank to another, one for all gradients
+edge        one a channel: an edge and a direction
 shared      the process group's own
+
+Each takes memory and time to connect, so the first that the order allows is taken unless another is asked for: where
+two ranks send and receive in one sequence, what waits in a communicator is what its receiver comes to next.
 
 How one is made depends on the backend: NCCL and gloo are known, others are made known by :func:`register_communicator`.
 """
@@ -25,7 +29,7 @@ from pp_runtime.orders import Edge, Order, Placement, ir
 from pp_runtime.planning import Channel
 from pp_runtime.running.agreement import group_or_world
 
-KINDS = ("edge", "direction", "shared")
+KINDS = ("auto", "pair", "direction", "edge", "shared")
 
 
 class MakesCommunicator(Protocol):
@@ -70,8 +74,8 @@ Message = tuple[int, int, bool, int | None]
 
 
 def chosen_communicators() -> str:
-    """What the environment variable PP_RUNTIME_COMMUNICATORS asks for: edge (also when unset), direction or shared."""
-    chosen = os.environ.get("PP_RUNTIME_COMMUNICATORS", "edge")
+    """What the environment variable PP_RUNTIME_COMMUNICATORS asks for: auto (also when unset), or one of the others."""
+    chosen = os.environ.get("PP_RUNTIME_COMMUNICATORS", "auto")
     if chosen not in KINDS:
         raise PipelineUsageError(f"PP_RUNTIME_COMMUNICATORS is {chosen!r}: choose one of {', '.join(KINDS)}")
     return chosen
@@ -83,6 +87,8 @@ def key_of(kind: str, channel: Channel) -> Key:
         return (channel.source, channel.destination, int(channel.backward))
     if kind == "direction":
         return (channel.sender, channel.receiver, int(channel.backward))
+    if kind == "pair":
+        return (channel.sender, channel.receiver)
     return (min(channel.sender, channel.receiver), max(channel.sender, channel.receiver))
 
 
@@ -94,16 +100,27 @@ class Communicators:
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | None, device: torch.device, serial: int, rank: int, channels: Iterable[Channel]
+        self,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        serial: int,
+        rank: int,
+        channels: Iterable[Channel],
+        kind: str,
     ) -> None:
-        self._kind = chosen_communicators()
+        self._kind = kind
         self._rank = rank
         self._group = group_or_world(group)
         self._own = self._group._get_backend(device)
         self._made: dict[Key, Any] = {}
-        for key, channel in sorted({key_of(self._kind, channel): channel for channel in channels}.items()):
+        first_of = sorted({key_of(self._kind, channel): channel for channel in channels}.items())
+        for key, channel in first_of:
             self._made[key] = self._make(f"pp_runtime/{serial}/communicator/{'-'.join(map(str, key))}", channel)
-            self._meet(key, channel, device)
+        # All are under way at once, where a backend connects in the background.
+        for work, _ in [self._meet(key, channel, device) for key, channel in first_of]:
+            work.wait()
+        if device.type != "cpu" and first_of:
+            torch.accelerator.synchronize(device)
 
     def of(self, channel: Channel) -> Any:
         """The backend that carries the channel."""
@@ -135,15 +152,25 @@ class Communicators:
         global_ranks = [dist.get_global_rank(self._group, rank) for rank in pair]
         return make(prefixed, pair.index(self._rank), 2, name=name, global_ranks=global_ranks)
 
-    def _meet(self, key: Key, channel: Channel, device: torch.device) -> None:
+    def _meet(self, key: Key, channel: Channel, device: torch.device) -> tuple[Any, torch.Tensor]:
         word = torch.zeros(1, device=device)
         # Of a shared pair's channels each rank may have come upon another; the lower rank sends.
         sends = self._rank == (key[0] if self._kind == "shared" else channel.sender)
         backend = self._made[key]
-        work = (backend.send if sends else backend.recv)([word], self.peer(channel), 0)
-        work.wait()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
+        return (backend.send if sends else backend.recv)([word], self.peer(channel), 0), word
+
+
+def fewest_communicators(orders: Iterable[Order], placement: Placement, edges: Sequence[Edge]) -> str:
+    """The kind with the fewest communicators that none of these orders, with their messages, would deadlock."""
+    orders = list(orders)
+    for kind in ("pair", "direction"):
+        try:
+            for order in orders:
+                check_sequences(order, placement, edges, kind)
+        except PipelineUsageError:
+            continue
+        return kind
+    return "edge"
 
 
 def check_sequences(order_with_comms: Order, placement: Placement, edges: Sequence[Edge], kind: str) -> None:

@@ -22,7 +22,7 @@ from pp_runtime.orders.catalogue import build_order
 from pp_runtime.orders.edges import adjacent_edges
 from pp_runtime.planning.lane_order import LaneEntry, merged, races
 from pp_runtime.planning.passes.communication import insert_communication
-from pp_runtime.running.communicators import check_sequences
+from pp_runtime.running.communicators import check_sequences, fewest_communicators
 from pp_runtime.running.lanes import recorded_lanes
 from tests.helpers import api, ranks
 from tests.helpers.pipelines import EVERY_SCHEDULE, Setting, Twins, stages_allowed
@@ -219,16 +219,31 @@ def test_a_timeline_is_taken_from_the_lanes_clock() -> None:
     assert second == "1F0 1B0 1F1 1B1 1F2 1B2 1F3 1B3".split()
 
 
-@pytest.mark.parametrize("kind", ["direction", "shared"])
+@pytest.mark.parametrize("kind", ["pair", "direction", "shared"])
 def test_communicators_are_shared_only_where_both_ends_have_one_sequence(kind: str) -> None:
     order, placement = build_order("1F1B", 2, 2, 4)
     with_comms = insert_communication(order, placement)
     check_sequences(with_comms, placement, adjacent_edges(2), "edge")
-    if kind == "direction":
+    if kind != "shared":
         check_sequences(with_comms, placement, adjacent_edges(2), kind)
     else:
         with pytest.raises(PipelineUsageError, match="ranks 0 and 1 send and receive in different sequences"):
             check_sequences(with_comms, placement, adjacent_edges(2), kind)
+
+
+@pytest.mark.parametrize("schedule", [name for name in EVERY_SCHEDULE if name != "Auto"])
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_fewest_communicators_that_an_order_allows_are_chosen(count: int, schedule: str) -> None:
+    stages = stages_allowed(schedule)[-1] * count
+    order, placement = build_order(schedule, count, stages, 2 * count)
+    edges = adjacent_edges(stages)
+    with_comms = insert_communication(order, placement)
+    kind = fewest_communicators([with_comms], placement, edges)
+    check_sequences(with_comms, placement, edges, kind)
+    fewer = {"pair": (), "direction": ("pair",), "edge": ("pair", "direction")}[kind]
+    for refused in fewer:
+        with pytest.raises(PipelineUsageError, match="different sequences"):
+            check_sequences(with_comms, placement, edges, refused)
 
 
 def _train_over(rank: int, kind: str, schedule: str) -> list[str]:
