@@ -10,6 +10,7 @@ slowest rank's, median over turns. Ranks are forked from a process that has torc
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import sys
@@ -56,16 +57,12 @@ def measure(count: int, turns: int) -> None:
             options = {"setting": setting, "transport": transport, "communicators": communicators}
             found = []
             for _ in range(turns):
-                each = (
-                    ranks.run(_open, count, **options)
-                    if where == "cpu"
-                    else device.run(_open, count, delay_us=0, **options)
-                )
+                opened = ranks.run if where == "cpu" else functools.partial(device.run, delay_us=0)
+                each = opened(_open, count, **options)
                 found.append([max(times) for times in zip(*each, strict=True)])
             first, second = (statistics.median(column) for column in zip(*found, strict=True))
-            print(
-                f"{schedule:>16} x{stages} {count:>3} ranks  {name:<36} first step {first:.3f} s, second {second:.3f} s"
-            )
+            label = f"{schedule:>16} x{stages} {count:>3} ranks  {name:<36}"
+            print(f"{label} first step {first:.3f} s, second {second:.3f} s")
 
 
 def counts(count: int) -> None:
