@@ -37,12 +37,9 @@ def test_a_wait_that_is_left_out_gives_wrong_numbers_or_is_covered(schedule: str
 def _log(rank: int, setting: Setting, compute_is_slow: bool = False) -> list[LaneEntry]:
     """The device's log of two steps and an evaluation."""
     sim = device.load()
-<<<<<<< HEAD
     device.send_through_communicators()
-=======
     if compute_is_slow:
         sim.set_slow_stream(0, 500)
->>>>>>> device
     twins = Twins(rank, setting)
     twins.train("to open the channels", twins.example.batch(2 * setting.microbatches, 0))
     sim.synchronize()
