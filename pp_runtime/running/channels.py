@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -165,6 +166,8 @@ def open_channels(
                     taken, path, channel.sender, word["pid"], word["controls"][_key(channel)], agreement.watch
                 )
 
+        _warn_of_few_queues(device, sends, receives)
+
     def confirmation() -> _C.Confirmation:
         if c10d is not None:
             return c10d.confirmation(agreement.size, agreement.rank)
@@ -203,6 +206,22 @@ def _peer_memory(device: torch.device, chosen: str) -> _C.PeerMemory | None:
             "let a communicator carry the tensors"
         )
     return found
+
+
+def _warn_of_few_queues(device: torch.device, sends: Mapping[Any, Any], receives: Mapping[Any, Any]) -> None:
+    """Streams that share a hardware queue hold each other up; CUDA has 8 queues unless it is told otherwise."""
+    if device.type != "cuda":
+        return
+    queues = int(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "8"))
+    device_ends = sum(isinstance(end, _C.DeviceReceiveChannel) for end in receives.values())
+    streams = 1 + len(sends) + len(receives) + device_ends
+    if streams > queues:
+        warnings.warn(
+            f"this rank's pipeline has {streams} streams on {device}, which has {queues} hardware queues "
+            f"(CUDA_DEVICE_MAX_CONNECTIONS): streams that share one hold each other up. Set it to "
+            f"{min(32, max(16, streams))} before the process first uses CUDA",
+            stacklevel=2,
+        )
 
 
 def _memory_of(device: torch.device, lanes: _C.Lanes) -> torch.device:
