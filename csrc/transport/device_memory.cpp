@@ -2,26 +2,19 @@
 
 #include "transport/device_memory.h"
 
-#include "transport/doorbell.h"
+#include "transport/device_control.h"
 
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <cstring>
 #include <deque>
-#include <mutex>
 #include <stdexcept>
-#include <thread>
 #include <utility>
 
 namespace pp_runtime {
 
 namespace {
 
-constexpr uint64_t kMagic = 0x70705f6465766d31ULL;
-constexpr uint32_t kMostSlots = 1024;
 constexpr size_t kSlotAlignment = 512;
-constexpr std::chrono::seconds kDrain{10};
 
 /// Where a message's tensors are, beside its description.
 struct Told {
@@ -35,61 +28,7 @@ struct Told {
   uint64_t offset;
 };
 
-std::string slot_name(const std::string& channel, uint32_t slot) {
-  return "shared slot " + std::to_string(slot) + " of " + channel;
-}
-
-/// Waits for a device whose streams wait for nobody any more.
-bool drains(const Lanes& lanes, const MarkPointer& mark) noexcept {
-  if (lanes.log() != nullptr) {
-    return true;
-  }
-  try {
-    const auto since = std::chrono::steady_clock::now();
-    while (!mark->passed()) {
-      if (std::chrono::steady_clock::now() - since > kDrain) {
-        return false;
-      }
-      std::this_thread::sleep_for(std::chrono::microseconds(100));
-    }
-    return true;
-  } catch (const std::exception&) {
-    return false;
-  }
-}
-
 }  // namespace
-
-/// What both ends map: the numbers that streams write and wait for, and the hosts' ring of returned slots.
-struct DeviceHead {
-  uint64_t magic = 0;
-  /// How many slots the receiver's user keeps from earlier steps.
-  alignas(64) std::atomic<uint32_t> kept{0};
-  alignas(64) Doorbell returns;
-  std::array<uint32_t, kMostSlots> returned{};
-  alignas(64) std::array<std::atomic<uint32_t>, kMostSlots> arrived{};
-  alignas(64) std::array<std::atomic<uint32_t>, kMostSlots> freed{};
-};
-
-/// The control memory as this process's device knows it.
-class DeviceControl {
- public:
-  DeviceControl(std::shared_ptr<Segment> segment, std::shared_ptr<PeerMemory> device)
-      : segment_(std::move(segment)), device_(std::move(device)) {
-    device_->adopt(segment_->data(), segment_->bytes());
-  }
-  DeviceControl(const DeviceControl&) = delete;
-  DeviceControl& operator=(const DeviceControl&) = delete;
-  ~DeviceControl() { device_->forget(segment_->data()); }
-
-  DeviceHead& head() const { return *reinterpret_cast<DeviceHead*>(segment_->data()); }
-  PeerMemory& device() const { return *device_; }
-  Segment& segment() const { return *segment_; }
-
- private:
-  std::shared_ptr<Segment> segment_;
-  std::shared_ptr<PeerMemory> device_;
-};
 
 struct DeviceSendChannel::Area {
   PeerMemory::Mapping mapping;
@@ -100,7 +39,7 @@ struct DeviceSendChannel::Area {
 std::shared_ptr<Segment> DeviceSendChannel::make_control() {
   auto segment = Segment::create(sizeof(DeviceHead));
   new (segment->data()) DeviceHead;
-  reinterpret_cast<DeviceHead*>(segment->data())->magic = kMagic;
+  reinterpret_cast<DeviceHead*>(segment->data())->magic = kDeviceMagic;
   return segment;
 }
 
@@ -247,68 +186,6 @@ std::string DeviceSendChannel::carry(const Message& message, const MessageSpec& 
   return {reinterpret_cast<const char*>(&told), sizeof(told)};
 }
 
-/// Gives slots back to the sender. Shared by the channel and every tensor that lies in a slot, so it outlives the
-/// channel where a user keeps one.
-class SlotReturns {
- public:
-  SlotReturns(std::shared_ptr<DeviceControl> control, std::shared_ptr<Lanes> lanes, std::string channel)
-      : control_(std::move(control)),
-        lanes_(std::move(lanes)),
-        channel_(std::move(channel)),
-        lane_(lanes_->make("return, " + channel_)) {}
-
-  void borrow() { held_.fetch_add(1, std::memory_order_relaxed); }
-
-  ~SlotReturns() {
-    if (!used_.empty() && !drains(*lanes_, used_.back().end)) {
-      new std::deque<Used>(std::move(used_));  // the device hangs or failed, and may still read it
-      new std::shared_ptr<DeviceControl>(control_);
-    }
-  }
-  SlotReturns(const SlotReturns&) = delete;
-  SlotReturns& operator=(const SlotReturns&) = delete;
-
-  void give_back(const at::Tensor& area, uint32_t slot, uint32_t use) noexcept {
-    try {
-      const std::lock_guard lock(mutex_);
-      DeviceHead& head = control_->head();
-      // Not on the receive lane: a late reader would hold up the next arrival.
-      lanes_->mark(lanes_->compute())->hold_back(lane_);
-      if (LaneLog* log = lanes_->log()) {
-        log->signal(lane_.id(), "freed, " + slot_name(channel_, slot), use);
-      }
-      control_->device().write(lane_, head.freed[slot], use);
-      head.returned[returned_++ % kMostSlots] = slot;
-      head.returns.raise();
-      while (!used_.empty() && used_.front().end->passed()) {
-        used_.pop_front();
-      }
-      used_.push_back({.area = area, .end = lanes_->mark(lane_)});
-    } catch (const std::exception&) {
-      // The device is gone, and the step that used the slot with it.
-    }
-    held_.fetch_sub(1, std::memory_order_relaxed);
-  }
-
-  uint32_t held() const { return held_.load(std::memory_order_relaxed); }
-
- private:
-  /// Memory that the device may still read, though the host is done with it.
-  struct Used {
-    at::Tensor area;
-    MarkPointer end;
-  };
-
-  std::shared_ptr<DeviceControl> control_;
-  std::shared_ptr<Lanes> lanes_;
-  std::string channel_;
-  c10::Stream lane_;
-  std::mutex mutex_;
-  uint32_t returned_ = 0;
-  std::deque<Used> used_;
-  std::atomic<uint32_t> held_{0};
-};
-
 namespace {
 
 /// One message's hold on its slot.
@@ -339,7 +216,7 @@ DeviceReceiveChannel::DeviceReceiveChannel(std::shared_ptr<ReceiveChannel> host,
                                                std::move(path.peer_memory))),
       returns_(std::make_shared<SlotReturns>(control_, shared_lanes(), name())),
       awaited_(kMostSlots) {
-  if (control_->head().magic != kMagic) {
+  if (control_->head().magic != kDeviceMagic) {
     throw std::runtime_error("the control memory of channel " + name() + " was not made by pp_runtime");
   }
 }

@@ -266,14 +266,14 @@ def test_a_process_without_recorded_lanes_has_none_on_the_cpu() -> None:
 
 
 def test_more_streams_than_hardware_queues_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pp_runtime.running.channels import _warn_of_few_queues
+    from pp_runtime.running.channels.accelerator import warn_of_few_queues
 
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
     ends = dict.fromkeys(range(4))
     with pytest.warns(UserWarning, match="9 streams on cuda:0, which has 8 hardware queues.* Set it to 16"):
-        _warn_of_few_queues(torch.device("cuda:0"), ends, ends)
+        warn_of_few_queues(torch.device("cuda:0"), ends, ends)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "16")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _warn_of_few_queues(torch.device("cuda:0"), ends, ends)
-        _warn_of_few_queues(torch.device("cpu"), dict.fromkeys(range(40)), ends)
+        warn_of_few_queues(torch.device("cuda:0"), ends, ends)
+        warn_of_few_queues(torch.device("cpu"), dict.fromkeys(range(40)), ends)
