@@ -79,9 +79,11 @@ def on(device: torch.device) -> Iterator[None]:
 def make_stages(
     modules: Mapping[int, nn.Module], num_stages: int, group: dist.ProcessGroup | None = None, **options: Any
 ) -> list[Any]:
-    """Pipeline stages around this rank's modules, which are moved where the stages are."""
+    """Pipeline stages around this rank's modules, which are moved if the stages are not on the CPU."""
+    if _device.type != "cpu":
+        modules = {index: module.to(_device) for index, module in modules.items()}
     return [
-        api.PipelineStage(module.to(_device), index, num_stages, _device, group=group, **options)
+        api.PipelineStage(module, index, num_stages, _device, group=group, **options)
         for index, module in modules.items()
     ]
 
@@ -136,8 +138,7 @@ class Twins:
         owners = owners or placement(setting.schedule, ranks, setting.stages_per_rank)
         self.setting, self.num_stages = setting, len(owners)
         self.example = models.build(MODELS[setting.model], self.num_stages)
-        # Another device may have other kernels.
-        self.exact = self.example.exact and _device.type == "cpu"
+        self.same_kernels = _device.type == "cpu"
         self.scale = schedule_options.get("scale_grads", True)
         piped = copy.deepcopy(self.example.stages)
         self.plain = nn.ModuleList(self.example.stages)
@@ -154,6 +155,10 @@ class Twins:
     @property
     def holds_last(self) -> bool:
         return self.num_stages - 1 in self.mine
+
+    @property
+    def exact(self) -> bool:
+        return self.example.exact and self.same_kernels
 
     def train(self, name: str, batch: Batch) -> list[str]:
         """One step and one update on both; say what of this rank's differs."""
