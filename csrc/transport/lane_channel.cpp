@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/StreamGuard.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <stdexcept>
@@ -16,7 +17,17 @@ namespace pp_runtime {
 
 namespace {
 
-constexpr std::chrono::microseconds kPause{20};
+/// Between two looks at a device: short at first, so that little is lost, then longer, so that a core is not.
+class Pause {
+ public:
+  void operator()() {
+    std::this_thread::sleep_for(next_);
+    next_ = std::min(2 * next_, std::chrono::microseconds(200));
+  }
+
+ private:
+  std::chrono::microseconds next_{20};
+};
 
 char* data(const at::Tensor& buffer) { return static_cast<char*>(buffer.mutable_data_ptr()); }
 
@@ -40,7 +51,8 @@ bool comes_to(const Lanes& lanes, const MarkPointer& mark, Watch& watch) noexcep
   }
   try {
     const auto since = Watch::Clock::now();
-    for (auto looked = since; !mark->passed(); std::this_thread::sleep_for(kPause)) {
+    Pause pause;
+    for (auto looked = since; !mark->passed(); pause()) {
       if (Watch::Clock::now() - looked > Watch::kInterval) {
         looked = Watch::Clock::now();
         if (watch.ended()) {
@@ -88,7 +100,8 @@ void LaneSendChannel::drop_done(size_t most) {
   }
   while (on_their_way_.size() > most) {
     const auto since = Watch::Clock::now();
-    for (auto looked = since; !on_their_way_.front().done->passed(); std::this_thread::sleep_for(kPause)) {
+    Pause pause;
+    for (auto looked = since; !on_their_way_.front().done->passed(); pause()) {
       if (Watch::Clock::now() - looked > Watch::kInterval) {
         looked = Watch::Clock::now();
         watch_->look(since);

@@ -24,7 +24,8 @@ def test_the_tables_have_every_room() -> None:
 def test_a_stream_waits_where_it_says_and_nowhere_else() -> None:
     answer = TEXT.partition("**Where does a stream wait?**")[2].partition("\n## ")[0]
     named = set(re.findall(r"`(csrc/[\w./]+)`", answer))
-    waits = re.compile(r"hold_back\(|\bblock\(lane\)|synchronize_stream|StreamWaitEvent")
+    calls = r"hold_back\(|\bblock\(lane\)|synchronize_stream|StreamWaitEvent|StreamWaitValue|device\(\)\.wait\("
+    waits = re.compile(calls)
     found = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "csrc").rglob("*.*")

@@ -108,7 +108,7 @@ class AcceleratorChannels:
                 check_sequences(order, plan.placement, plan.edges, kind)
         made = Communicators(self._group, self._device, agreement.serial, agreement.rank, channels, kind)
         guard = _C.WaitGuard(agreement.watch)
-        return _Carried(self._lanes, self._memory, made, self._credits, agreement.watch, guard)
+        return _Carried(self._lanes, self._memory, made, self._credits, plan.ahead(), agreement.watch, guard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,16 +119,17 @@ class _Carried:
     memory: torch.device
     communicators: Communicators
     credits: Mapping[Channel, int]
+    ahead: Mapping[Channel, int]
     watch: _C.Watch
     guard: _C.WaitGuard
 
     def sender(self, channel: Channel, host: _C.SendChannel) -> _C.SendChannel:
-        return _C.CommunicatorSendChannel(host, self._path(channel), self.watch, self.guard)
+        return _C.CommunicatorSendChannel(host, self._path(channel, self.ahead[channel]), self.watch, self.guard)
 
     def receiver(self, channel: Channel, host: _C.ReceiveChannel) -> _C.ReceiveChannel:
-        return _C.CommunicatorReceiveChannel(host, self._path(channel), self.watch, self.guard)
+        return _C.CommunicatorReceiveChannel(host, self._path(channel, self.credits[channel]), self.watch, self.guard)
 
-    def _path(self, channel: Channel) -> _C.CommunicatorPath:
+    def _path(self, channel: Channel, slots: int) -> _C.CommunicatorPath:
         given = self.communicators
         return _C.CommunicatorPath(
             self.lanes,
@@ -137,7 +138,7 @@ class _Carried:
             given.of(channel),
             given.peer(channel),
             tag_of(channel),
-            self.credits.get(channel, 2),
+            slots,
             given.owned,
         )
 
