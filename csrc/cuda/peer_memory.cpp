@@ -13,7 +13,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <mutex>
+#include <iterator>
 #include <stdexcept>
 #include <utility>
 
@@ -162,13 +162,6 @@ size_t rounded(size_t bytes, const CUmemAllocationProp& of) {
 
 CUstream raw(const c10::Stream& stream) { return c10::cuda::CUDAStream(stream).stream(); }
 
-/// Where the device sees a number that lies in registered host memory.
-CUdeviceptr on_device(const std::atomic<uint32_t>& number) {
-  void* found = nullptr;
-  check(cudaHostGetDevicePointer(&found, const_cast<std::atomic<uint32_t>*>(&number), 0), "cudaHostGetDevicePointer");
-  return reinterpret_cast<CUdeviceptr>(found);
-}
-
 }  // namespace
 
 CudaPeerMemory::CudaPeerMemory(c10::Device device)
@@ -220,23 +213,41 @@ at::Tensor CudaPeerMemory::open(const Handle& handle) {
 void CudaPeerMemory::adopt(void* host_memory, size_t bytes) {
   const c10::cuda::CUDAGuard on(device_);
   check(cudaHostRegister(host_memory, bytes, cudaHostRegisterMapped | cudaHostRegisterPortable), "cudaHostRegister");
+  void* found = nullptr;
+  check(cudaHostGetDevicePointer(&found, host_memory, 0), "cudaHostGetDevicePointer");
+  const std::lock_guard lock(mutex_);
+  adopted_[reinterpret_cast<uintptr_t>(host_memory)] = {.bytes = bytes,
+                                                        .device_address = reinterpret_cast<uintptr_t>(found)};
 }
 
 void CudaPeerMemory::forget(void* host_memory) noexcept {
   if (cudaHostUnregister(host_memory) != cudaSuccess) {
     cudaGetLastError();  // the process is past using the device
   }
+  const std::lock_guard lock(mutex_);
+  adopted_.erase(reinterpret_cast<uintptr_t>(host_memory));
+}
+
+uintptr_t CudaPeerMemory::on_device(const void* number) {
+  const auto address = reinterpret_cast<uintptr_t>(number);
+  const std::lock_guard lock(mutex_);
+  auto after = adopted_.upper_bound(address);
+  if (after == adopted_.begin() || address - std::prev(after)->first >= std::prev(after)->second.bytes) {
+    throw std::logic_error("a stream is to wait for a number in host memory that was not adopted");
+  }
+  --after;
+  return after->second.device_address + (address - after->first);
 }
 
 void CudaPeerMemory::write(const c10::Stream& stream, std::atomic<uint32_t>& number, uint32_t value) {
   const c10::cuda::CUDAGuard on(device_);
-  check(driver().write_value(raw(stream), on_device(number), value, CU_STREAM_WRITE_VALUE_DEFAULT),
+  check(driver().write_value(raw(stream), on_device(&number), value, CU_STREAM_WRITE_VALUE_DEFAULT),
         "cuStreamWriteValue32");
 }
 
 void CudaPeerMemory::wait(const c10::Stream& stream, const std::atomic<uint32_t>& number, uint32_t value) {
   const c10::cuda::CUDAGuard on(device_);
-  check(driver().wait_value(raw(stream), on_device(number), value, CU_STREAM_WAIT_VALUE_GEQ), "cuStreamWaitValue32");
+  check(driver().wait_value(raw(stream), on_device(&number), value, CU_STREAM_WAIT_VALUE_GEQ), "cuStreamWaitValue32");
 }
 
 }  // namespace pp_runtime::cuda

@@ -4,6 +4,10 @@
 
 #include <c10/core/Device.h>
 
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <mutex>
 #include <string>
 
 namespace pp_runtime::cuda {
@@ -25,8 +29,19 @@ class CudaPeerMemory final : public PeerMemory {
   void wait(const c10::Stream& stream, const std::atomic<uint32_t>& number, uint32_t value) override;
 
  private:
+  /// Where the device sees a number that lies in adopted host memory.
+  uintptr_t on_device(const void* number);
+
+  struct Adopted {
+    size_t bytes;
+    uintptr_t device_address;
+  };
+
   c10::Device device_;
   std::string name_;
+  std::mutex mutex_;
+  /// By its address on the host.
+  std::map<uintptr_t, Adopted> adopted_;
 };
 
 }  // namespace pp_runtime::cuda

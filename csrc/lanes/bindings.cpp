@@ -1,7 +1,7 @@
 #include "bindings.h"
 #include "lanes/lanes.h"
-#include "oversight/peer_memory.h"
 #include "lanes/recorded_peer_memory.h"
+#include "oversight/peer_memory.h"
 
 #if PP_RUNTIME_CUDA
 #include "cuda/peer_memory.h"
@@ -60,15 +60,18 @@ void bind_peer_memory(py::module_& m) {
       .def_property_readonly("fd", [](const PeerPage& page) { return page.mapping.fd; })
       .def_static(
           "opens",
-          [](PeerMemory& memory, int64_t pid, int32_t fd) {
+          [](PeerMemory& memory, int64_t pid, int32_t fd, const std::string& device) {
             try {
               memory.open({.pid = pid, .fd = fd, .bytes = kPageBytes});
+              // The sender makes the slots on the receiver's device, so it has to see that.
+              memory.allocate(device, kPageBytes);
               return true;
             } catch (const std::exception&) {
               return false;
             }
           },
-          py::arg("memory"), py::arg("pid"), py::arg("fd"), py::call_guard<py::gil_scoped_release>());
+          py::arg("memory"), py::arg("pid"), py::arg("fd"), py::arg("device"),
+          py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace

@@ -79,7 +79,7 @@ class Reach:
         reached = [offers.may_share and _C.Token.matches(word["pid"], word["fd"], int(word["token"])) for word in words]
         device = offers.peer_memory
         mapped = [
-            device is not None and is_reached and _C.PeerPage.opens(device, word["pid"], word["page"])
+            device is not None and is_reached and _C.PeerPage.opens(device, word["pid"], word["page"], word["device"])
             for word, is_reached in zip(words, reached, strict=True)
         ]
         told = agreement.exchange("reach", {"ranks": reached, "devices": mapped})
