@@ -17,8 +17,8 @@ class NotRun(Exception):
     """A step, or a part of one, cannot be run here; the text says why."""
 
 
-def number(table: str, row: str, column: str, value: float, unit: str) -> None:
-    """One measured number."""
+def number(table: str, row: str, column: str, value: float | str, unit: str) -> None:
+    """One measured number, or what came in its place."""
     _write({"kind": "number", "table": table, "row": row, "column": column, "value": value, "unit": unit})
 
 

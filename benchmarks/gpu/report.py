@@ -77,17 +77,21 @@ def _line_of(step: Mapping[str, Any], checks: Sequence[Mapping[str, Any]]) -> st
 
 
 def _table(numbers: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    heads = {number["column"]: f"{number['column']} ({number['unit']})".replace(" ()", "") for number in numbers}
-    values = {(number["row"], number["column"]): number["value"] for number in numbers}
-    rows = dict.fromkeys(number["row"] for number in numbers)
-    first = max(map(len, rows))
-    yield " " * first + "".join(f"  {head}" for head in heads.values())
-    for row in rows:
-        cells = (_cell(values.get((row, column))).rjust(len(head)) for column, head in heads.items())
-        yield row.ljust(first) + "".join(f"  {cell}" for cell in cells)
+    """Units stand at the head of a column, or, where its rows differ in them, beside each number."""
+    units: dict[str, set[str]] = {}
+    for number in numbers:
+        units.setdefault(number["column"], set()).add(number["unit"])
+    heads = {name: f"{name} ({unit})" if (unit := min(of)) and len(of) == 1 else name for name, of in units.items()}
+    cells: dict[str, dict[str, str]] = {}
+    for number in numbers:
+        unit = f" {number['unit']}" if len(units[number["column"]]) > 1 else ""
+        cells.setdefault(number["row"], {})[number["column"]] = (_text(number["value"]) + unit).rstrip()
+    first = max(map(len, cells))
+    widths = {name: max(len(head), *(len(row.get(name, "")) for row in cells.values())) for name, head in heads.items()}
+    yield " " * first + "".join(f"  {head:>{widths[name]}}" for name, head in heads.items())
+    for row, of_row in cells.items():
+        yield f"{row:<{first}}" + "".join(f"  {of_row.get(name, '-'):>{width}}" for name, width in widths.items())
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
+def _text(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from benchmarks.gpu import records
+from benchmarks.gpu.probe import tool
 
 
 def main(kind: str, *arguments: str) -> None:
@@ -18,11 +17,11 @@ def main(kind: str, *arguments: str) -> None:
     if arguments:
         _short_step(kind)
         return
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=_toolkit())
-    if tool is None:
+    program = tool("compute-sanitizer")
+    if program is None:
         raise records.NotRun("there is no compute-sanitizer on the PATH or in CUDA_HOME/bin")
     begin = time.monotonic()
-    watched = [tool, "--tool", "memcheck", "--target-processes", "all", "--error-exitcode", "9"]
+    watched = [program, "--tool", "memcheck", "--target-processes", "all", "--error-exitcode", "9"]
     command = [*watched, sys.executable, "-m", "benchmarks.gpu.steps", "sanitizer", kind, "run"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | _STARTED_ANEW)
     said = ended.stdout + ended.stderr
@@ -36,10 +35,6 @@ def main(kind: str, *arguments: str) -> None:
 
 # The tool follows new programs; a fork of one that it watches it may not.
 _STARTED_ANEW = {"PP_TEST_START": "spawn"}
-
-
-def _toolkit() -> str:
-    return str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin")
 
 
 def _short_step(kind: str) -> None:

@@ -48,6 +48,8 @@ _KINDS = (
     _Kind("memory", "memory", 45),
     _Kind("split_backward", "split_backward", 40),
     _Kind("sanitizer", "sanitizer", 90, needs_cuda=True),
+    # Streams that share one queue of the hardware must not hold each other up for ever.
+    _Kind("one_queue", "checks", 40, arguments=("2", "few"), environment=(("CUDA_DEVICE_MAX_CONNECTIONS", "1"),)),
     _Kind("communicators", "communicators", 60, environment=_NCCL_OF_ONE_GPU),
 )
 NAMES = [kind.name for kind in _KINDS]
