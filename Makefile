@@ -81,8 +81,9 @@ wheel-check: build
 cuda-check:
 	.ci/cuda-check
 
+# nproc goes by OMP_NUM_THREADS, which is one here.
 gpu:
-	@MAX_JOBS=$$(nproc) $(PYTHON_GPU) -m benchmarks.gpu $(if $(OUT),--out "$(OUT)") $(GPU_FLAGS)
+	@MAX_JOBS=$$(env -u OMP_NUM_THREADS nproc) $(PYTHON_GPU) -m benchmarks.gpu $(if $(OUT),--out "$(OUT)") $(GPU_FLAGS)
 
 clean:
 	rm -rf build pp_runtime/*.so pp_runtime/_build_info.py

@@ -159,6 +159,47 @@ def test_a_dry_run_of_one_step_measures_on_the_asynchronous_device(tmp_path: Pat
     assert whole["machine"]["card"] == "none: the asynchronous device"
 
 
+def _work(rank: int, kind: str, item: str) -> None:
+    if item == "raises":
+        raise LookupError("nothing there")
+    if item == "hangs":
+        time.sleep(600)
+    if item == "forked" and os.environ.get("PP_TEST_START") != "spawn":
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess.")
+
+
+def _worked(monkeypatch: pytest.MonkeyPatch, path: Path, items: list[str], each: float) -> list[tuple[str, str]]:
+    from benchmarks.gpu import devices
+
+    monkeypatch.setenv(records.FILE, str(path))
+    monkeypatch.setenv("PP_TEST_START", "")  # so that it is put back
+    monkeypatch.delenv("PP_TEST_START")
+    devices.run_items(_work, 1, "sim", items, each, ", again")
+    return [(one["kind"], one.get("item") or one.get("name") or "") for one in records.read(path)]
+
+
+@pytest.mark.timeout(180)
+def test_an_item_that_raises_or_hangs_is_tried_once_more_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "records"
+    assert _worked(monkeypatch, path, ["right", "raises", "hangs", "right too"], 3.0) == [
+        ("done", "right"),
+        ("check", "raises"),
+        ("done", "raises, again"),
+        ("check", "hangs"),
+        ("done", "hangs, again"),
+        ("done", "right too"),
+    ]
+    raised, hung = (record["problems"] for record in records.read(path) if record["kind"] == "check")
+    assert "LookupError: nothing there" in raised and any("rank 0" in line for line in hung)
+
+
+@pytest.mark.timeout(180)
+def test_ranks_that_cannot_be_forked_are_started_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert _worked(monkeypatch, tmp_path / "records", ["forked"], 30.0) == [("note", ""), ("done", "forked")]
+
+
 def test_records_that_a_killed_process_cut_off_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "records"
     path.write_text('{"kind": "done", "item": "a"}\n{"kind": "do')

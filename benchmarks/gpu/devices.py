@@ -16,6 +16,9 @@ import torch.distributed as dist
 from benchmarks.gpu import records
 from tests.helpers import device_cases, ranks
 
+_START = "PP_TEST_START"  # of tests/helpers/ranks.py
+_FORKED = "in forked subprocess"  # torch: Cannot re-initialize CUDA in forked subprocess
+
 
 def load(kind: str) -> torch.device:
     """The device of a step that has one process."""
@@ -62,6 +65,10 @@ def run_items(
             ranks.run(_go_through, size, 60 + each * len(left), **group, call=(work, kind, left, each, options))
             return
         except ranks.RanksFailed as error:
+            if _FORKED in str(error) and _START not in os.environ:
+                os.environ[_START] = "spawn"
+                records.note("ranks are new interpreters: an import had begun to use CUDA before they were forked")
+                continue
             known = records.read(Path(path)) if path else []
             past = {record["item"] for record in known if record["kind"] == "done"}
             failed = next((item for item in left if item not in past), left[-1])

@@ -1,4 +1,4 @@
-"""What the numbers were measured on: card, driver, versions; and that processes of the tests reach the device."""
+"""What the numbers were measured on: card, driver, versions."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def measure(rank: int, kind: str, item: str) -> None:
         for name, times in spans.items():
             taken = statistics.median(times) / microbatches
             records.number("Messages between 2 ranks; medians", row, name, taken * 1e6, "us")
-            records.number("Messages between 2 ranks; medians", row, f"{name},", size / taken / 1e9, "GB/s")
+            records.number("Messages between 2 ranks; medians", row, f"{name}, speed", size / taken / 1e9, "GB/s")
     del ways
     gc.collect()
 
