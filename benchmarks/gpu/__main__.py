@@ -36,6 +36,14 @@ def parse_flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _commit() -> str:
+    command = "git describe --always --dirty".split()
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "of an unknown commit"
+
+
 def main() -> int:
     """Run the steps; 1 where one failed or took too long."""
     flags = parse_flags()
@@ -45,11 +53,8 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     cwd = ROOT / "build" / "gpu"  # where no other pp_runtime lies than the one that PYTHONPATH names
     cwd.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     heading = {
-        "commit": commit.stdout.strip() or "of an unknown commit",
+        "commit": _commit(),
         "device": flags.device,
         "began": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }

@@ -51,8 +51,7 @@ def _check_ahead(rank: int, kind: str, item: str) -> None:
 
 def record_of_all(rank: int, item: str, found: list[str], begin: float) -> None:
     """Record what any rank found, once."""
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, found)
+    everyones = devices.gathered(found)
     if rank == 0:
         lines = [f"rank {other}: {line}" for other, theirs in enumerate(everyones) for line in theirs]
         records.check(item, lines, time.monotonic() - begin)

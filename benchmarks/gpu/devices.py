@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import os
+import pickle
 import re
 import time
 from collections.abc import Callable
@@ -18,6 +20,8 @@ from tests.helpers import device_cases, ranks
 
 _START = "PP_TEST_START"  # of tests/helpers/ranks.py
 _FORKED = "in forked subprocess"  # torch: Cannot re-initialize CUDA in forked subprocess
+
+_meetings = itertools.count()  # of this process, which has one process group
 
 
 def load(kind: str) -> torch.device:
@@ -36,6 +40,14 @@ def count(kind: str) -> int:
 def nccl_serves(kind: str, size: int) -> bool:
     """Whether each of so many ranks has a GPU of its own, which NCCL asks for."""
     return kind == "cuda" and count(kind) >= size
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every rank's value, on every rank: through the store, as torch's own way needs numpy."""
+    store = dist.distributed_c10d._get_default_store()
+    meeting = next(_meetings)
+    store.set(f"gathered/{meeting}/{dist.get_rank()}", pickle.dumps(value))
+    return [pickle.loads(store.get(f"gathered/{meeting}/{other}")) for other in range(dist.get_world_size())]
 
 
 def memory_in_use(device: torch.device, forget: bool = False) -> tuple[int, int]:

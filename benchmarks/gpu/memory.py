@@ -22,7 +22,7 @@ from benchmarks.gpu.pipelines import (
     own_modules,
     torch_goes_over,
 )
-from benchmarks.gpu.step_time import RANKS, gathered
+from benchmarks.gpu.step_time import RANKS
 from tests.helpers import device_cases
 
 _MICROBATCHES = 8
@@ -66,7 +66,7 @@ def _measure(
     torch.accelerator.synchronize(device)
     peak = devices.memory_in_use(device)[1] - before
     _, outside_after = _settled(device)
-    peaks = gathered(peak)
+    peaks = devices.gathered(peak)
     del pipeline, modules
     gc.collect()
     dist.barrier()  # a schedule that goes takes its channels with it
@@ -83,7 +83,7 @@ def _settled(device: torch.device) -> tuple[int, int | None]:
     torch.cuda.empty_cache()
     dist.barrier()
     free, whole = torch.cuda.mem_get_info(device)
-    same_device = gathered((device.index, torch.cuda.memory_reserved(device)))
+    same_device = devices.gathered((device.index, torch.cuda.memory_reserved(device)))
     reserved = sum(bytes_ for index, bytes_ in same_device if index == device.index)
     dist.barrier()
     return now, whole - free - reserved

@@ -20,7 +20,6 @@ from torch import nn
 from benchmarks.gpu import devices, records
 from benchmarks.gpu.host_staging import stage_through_the_host
 from benchmarks.gpu.pipelines import OURS_ALONE, libraries, torch_goes_over
-from benchmarks.gpu.step_time import gathered
 from tests.helpers import device_cases
 
 RANKS = 2
@@ -52,7 +51,7 @@ def measure(rank: int, kind: str, item: str) -> None:
             begin = time.monotonic()
             ways[name](batch)
             torch.accelerator.synchronize(device)
-            ends = gathered((begin, time.monotonic()))
+            ends = devices.gathered((begin, time.monotonic()))
             if turn:
                 spans[name].append(max(end for _, end in ends) - max(begin for begin, _ in ends))
     if rank == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def libraries(kind: str, size: int, schedule: str, item: str = "") -> list[str]:
     """Which are measured: ours, ours over NCCL where each rank has a GPU, torch's where it has the schedule."""
     from torch.distributed.pipelining.schedules import get_schedule_class
 
-    if item.endswith(OURS_ALONE):
+    if item.endswith(OURS_ALONE) or not has_numpy():
         return ["ours"]
     found = ["ours"] + (["ours, NCCL"] if devices.nccl_serves(kind, size) else [])
     try:
@@ -67,8 +68,15 @@ def libraries(kind: str, size: int, schedule: str, item: str = "") -> list[str]:
     return [*found, "torch"]
 
 
+def has_numpy() -> bool:
+    """Whether torch's pipelines run, whose ranks send each other objects with it."""
+    return importlib.util.find_spec("numpy") is not None
+
+
 def torch_goes_over(kind: str, size: int) -> str:
     """What carries torch's messages, as a sentence."""
+    if not has_numpy():
+        return "ours alone: torch's pipelines need numpy, and there is none"
     if devices.nccl_serves(kind, size):
         return "torch over NCCL, each rank on a GPU of its own"
     return "ranks share a device, which NCCL refuses: torch over gloo, each message through host memory on its way"

@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -82,7 +81,7 @@ def measure(rank: int, kind: str, item: str, seconds: float) -> None:
             _turn(pipelines[place], turns[place], device)
         _in_turn(rank, alone)
         number += 1
-    everyones = gathered((turns, alone.times(), alone.work()))
+    everyones = devices.gathered((turns, alone.times(), alone.work()))
     if rank == 0:
         times = {i: found for _, theirs, _ in everyones for i, found in theirs.items()}
         costs = Costs.from_mapping({kind: [times[i][kind] for i in range(num_stages)] for kind in "FIWB"})
@@ -142,11 +141,4 @@ def _own_devices(kind: str) -> bool:
 
 def _agreed(wanted: bool) -> bool:
     """What rank 0 wants."""
-    return gathered(wanted)[0]
-
-
-def gathered(value: Any) -> list[Any]:
-    """Every rank's value, on every rank."""
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, value)
-    return everyones
+    return devices.gathered(wanted)[0]
