@@ -58,8 +58,15 @@ def stage_through_the_host() -> None:
         return _Arrival(irecv(host, *args, **kwargs), host, tensor)
 
     def staged_batch(ops: list[Any]) -> list[Any]:
+        # NCCL sends to its own rank, as torch 2.11 asks for before the first step; gloo does not.
+        to_itself = [op for op in ops if op.group_peer == dist.get_rank(op.group)]
+        sent = [op.tensor for op in to_itself if op.op is staged_isend]
+        for op in to_itself:
+            if op.op is staged_irecv:
+                op.tensor.detach().copy_(sent.pop(0))
         peers = {staged_isend: "group_dst", staged_irecv: "group_src"}
-        return [op.op(op.tensor, group=op.group, tag=op.tag, **{peers[op.op]: op.group_peer}) for op in ops]
+        others = (op for op in ops if op not in to_itself)
+        return [op.op(op.tensor, group=op.group, tag=op.tag, **{peers[op.op]: op.group_peer}) for op in others]
 
     staged_isend.through_the_host = True  # type: ignore[attr-defined]
     staged: dict[str, Callable[..., Any]] = {

@@ -63,7 +63,7 @@ def _measure(
     before, outside = _settled(device)
     for _ in range(2):
         pipeline.step()
-    torch.accelerator.synchronize(device)
+    device_cases.synchronize(device)
     peak = devices.memory_in_use(device)[1] - before
     _, outside_after = _settled(device)
     peaks = devices.gathered(peak)
@@ -75,7 +75,7 @@ def _measure(
 
 def _settled(device: torch.device) -> tuple[int, int | None]:
     """Bytes of tensors now, and of the device that no rank's tensors hold, while all ranks stand still."""
-    torch.accelerator.synchronize(device)
+    device_cases.synchronize(device)
     now, _ = devices.memory_in_use(device, forget=True)
     if device.type != "cuda":
         dist.barrier()

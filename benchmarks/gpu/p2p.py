@@ -50,7 +50,7 @@ def measure(rank: int, kind: str, item: str) -> None:
             dist.barrier()
             begin = time.monotonic()
             ways[name](batch)
-            torch.accelerator.synchronize(device)
+            device_cases.synchronize(device)
             ends = devices.gathered((begin, time.monotonic()))
             if turn:
                 spans[name].append(max(end for _, end in ends) - max(begin for begin, _ in ends))

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import split_backward as halves
 from benchmarks.gpu import devices, records
+from tests.helpers import device_cases
 
 _TABLE = "Split backward: I + W over the whole backward, transformer blocks, medians"
 
@@ -20,7 +21,7 @@ def main(kind: str) -> None:
     repeats = 2 if small else 9
 
     def clock() -> float:
-        torch.accelerator.synchronize(device)
+        device_cases.synchronize(device)
         return time.perf_counter()
 
     for depth in [1, 2] if small else [2, 8, 32]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from benchmarks.stages_alone import StagesAlone
 from pp_runtime.orders.ir import Action
+from tests.helpers import device_cases
 
 
 class StagesOnDevice(StagesAlone):
@@ -37,7 +38,7 @@ class StagesOnDevice(StagesAlone):
     def sample(self) -> None:
         """Time every action of a step."""
         super().sample()
-        torch.accelerator.synchronize(self._device)
+        device_cases.synchronize(self._device)
         for stage, kind, begin, end in self._pending:
             self._samples[stage, kind].append(begin.elapsed_time(end) / 1e3)
         self._pending.clear()

@@ -70,7 +70,7 @@ def measure(rank: int, kind: str, item: str, seconds: float) -> None:
     for pipeline in pipelines:
         for _ in range(2):
             pipeline.step()
-        torch.accelerator.synchronize(device)
+        device_cases.synchronize(device)
     _in_turn(rank, alone)
     alone.forget()
     turns = [Turns() for _ in names]
@@ -98,14 +98,14 @@ def measure(rank: int, kind: str, item: str, seconds: float) -> None:
 def _turn(pipeline: Pipeline, turns: Turns, device: torch.device) -> None:
     dist.barrier()
     pipeline.step()
-    torch.accelerator.synchronize(device)
+    device_cases.synchronize(device)
     dist.barrier()
     took = time.process_time()
     turns.begins.append(time.monotonic())
     for _ in range(_STEPS):
         pipeline.step()
     turns.hosts.append((time.process_time() - took) / _STEPS)
-    torch.accelerator.synchronize(device)
+    device_cases.synchronize(device)
     turns.ends.append(time.monotonic())
 
 

@@ -40,6 +40,11 @@ def own_device(kind: str, rank: int) -> torch.device:
     return device
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; torch.accelerator's function does nothing for one whose start torch has not seen."""
+    torch.get_device_module(device).synchronize(device)
+
+
 def keep_busy(device: torch.device, cycles: int) -> None:
     """Give the device work for so many of a GPU's cycles, without the host."""
     if device.type == "cuda":
@@ -115,11 +120,11 @@ def run_ahead(rank: int, kind: str, transport: str = "auto") -> tuple[float, flo
     pipeline = make_schedule("1F1B", [stage], 4, nn.functional.mse_loss)
     batch = reference.Batch((torch.randn(8, WIDTH, device=device),), torch.randn(8, WIDTH, device=device))
     step(pipeline, [stage], batch)
-    torch.accelerator.synchronize(device)
+    synchronize(device)
     begun = time.monotonic()
     step(pipeline, [stage], batch)
     returned = time.monotonic() - begun
-    torch.accelerator.synchronize(device)
+    synchronize(device)
     done = time.monotonic() - begun
     pipeline.record_timeline = True
     step(pipeline, [stage], batch)
