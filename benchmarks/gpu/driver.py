@@ -76,12 +76,13 @@ def run(step: Step, limit: float, folder: Path, cwd: Path) -> Outcome:
     """Run one step for at most ``limit`` seconds, and end all that it started, also where it ended by itself."""
     folder.mkdir(parents=True, exist_ok=True)
     log, found = folder / f"{step.name}.log", folder / f"{step.name}.jsonl"
-    found.unlink(missing_ok=True)
+    for old in (log, found):
+        old.unlink(missing_ok=True)
     mark = uuid.uuid4().hex
     environment = os.environ | dict(step.environment) | {_MARK: mark, records.FILE: str(found)}
     begin = time.monotonic()
     reason = ""
-    with log.open("wb") as output:
+    with log.open("ab") as output:  # several processes print into it: each line goes to the end
         try:
             process = subprocess.Popen(
                 step.command,
