@@ -163,7 +163,8 @@ def _results(members: list[_Member], deaths: Collection[int], timeout: float) ->
 
 
 def _fork_server() -> Any:
-    context = multiprocessing.get_context("forkserver")
+    # PP_TEST_START=spawn: new interpreters, for what must see a process from its beginning or cannot be forked.
+    context = multiprocessing.get_context(os.environ.get("PP_TEST_START", "forkserver"))
     context.set_forkserver_preload(["tests.helpers.warm"])
     return context
 
