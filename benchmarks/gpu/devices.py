@@ -74,7 +74,7 @@ def run_items(
         begin = time.monotonic()
         group: dict[str, Any] = {"backend": device_cases.BACKENDS[kind], "prepare": device_cases.before_groups(kind)}
         try:
-            ranks.run(_go_through, size, 60 + each * len(left), **group, call=(work, kind, left, each, options))
+            ranks.run(_go_through, size, 60 + each * len(left), **group, call=(work, kind, left, each, path, options))
             return
         except ranks.RanksFailed as error:
             if _FORKED in str(error) and _START not in os.environ:
@@ -98,8 +98,10 @@ def _summary(text: str) -> list[str]:
     return [lines[0], *(raised or lines[1:])[:4]]
 
 
-def _go_through(rank: int, call: tuple[Callable[..., None], str, list[str], float, dict[str, Any]]) -> None:
-    work, kind, items, each, options = call
+def _go_through(rank: int, call: tuple[Callable[..., None], str, list[str], float, str | None, dict[str, Any]]) -> None:
+    work, kind, items, each, path, options = call
+    if path is not None:
+        os.environ[records.FILE] = path  # the server that ranks are forked from may be older
     for item in items:
         faulthandler.dump_traceback_later(each, exit=True)  # a rank that hangs says where, and ends
         work(rank, kind, item, **options)
