@@ -164,30 +164,42 @@ def fewest_communicators(orders: Iterable[Order], placement: Placement, edges: S
     """The kind with the fewest communicators that none of these orders, with their messages, would deadlock."""
     orders = list(orders)
     for kind in ("pair", "direction"):
-        try:
-            for order in orders:
-                check_sequences(order, placement, edges, kind)
-        except PipelineUsageError:
-            continue
-        return kind
+        if all(_out_of_sequence(order, placement, edges, kind) is None for order in orders):
+            return kind
     return "edge"
 
 
 def check_sequences(order_with_comms: Order, placement: Placement, edges: Sequence[Edge], kind: str) -> None:
     """Raise PipelineUsageError where two ranks would use a communicator of this kind in different sequences."""
+    found = _out_of_sequence(order_with_comms, placement, edges, kind)
+    if found is not None:
+        raise PipelineUsageError(
+            f"PP_RUNTIME_COMMUNICATORS={kind}: ranks {found[0]} and {found[1]} send and receive in different sequences "
+            "in this schedule, which would deadlock in one communicator: choose 'edge'"
+        )
+
+
+def _out_of_sequence(
+    order_with_comms: Order, placement: Placement, edges: Sequence[Edge], kind: str
+) -> tuple[int, int] | None:
+    """Two ranks that would use a communicator of this kind in different sequences, or None."""
     if kind == "edge":
-        return  # verified for every order
+        return None  # verified for every order
+    leaving: dict[int, list[Edge]] = {}
+    arriving: dict[int, list[Edge]] = {}
+    for edge in edges:
+        if placement[edge.source] != placement[edge.destination]:
+            leaving.setdefault(edge.source, []).append(edge)
+            arriving.setdefault(edge.destination, []).append(edge)
     sequences: dict[Key, dict[int, list[Message]]] = {}
     for rank, actions in order_with_comms.items():
         for stage, action, microbatch, _ in actions:
             if action not in (ir.SEND_F, ir.RECV_F, ir.SEND_B, ir.RECV_B):
                 continue
             backward = action in (ir.SEND_B, ir.RECV_B)
-            leaves = action in (ir.SEND_F, ir.RECV_B)
-            for edge in edges:
+            carrying = leaving if action in (ir.SEND_F, ir.RECV_B) else arriving
+            for edge in carrying.get(stage, ()):
                 ends = placement[edge.source], placement[edge.destination]
-                if (edge.source if leaves else edge.destination) != stage or ends[0] == ends[1]:
-                    continue
                 sender, receiver = reversed(ends) if backward else ends
                 key = key_of(kind, Channel(edge.source, edge.destination, backward, sender, receiver))
                 message = (edge.source, edge.destination, backward, microbatch)
@@ -195,7 +207,5 @@ def check_sequences(order_with_comms: Order, placement: Placement, edges: Sequen
     for ends_of in sequences.values():
         (rank, ours), (other, theirs) = ends_of.items()
         if ours != theirs:
-            raise PipelineUsageError(
-                f"PP_RUNTIME_COMMUNICATORS={kind}: ranks {rank} and {other} send and receive in different sequences in "
-                "this schedule, which would deadlock in one communicator: choose 'edge'"
-            )
+            return rank, other
+    return None
