@@ -173,14 +173,7 @@ Message C10dReceiveChannel::receive() {
   MessageSpec spec = MessageSpec::decode(description, head.description_bytes);
   const size_t needed = payload_at(head.description_bytes) + spec.payload_bytes;
   block_size_.saw(needed);
-  Message message{.frame = spec.frame,
-                  .tensors = {},
-                  .requires_grad = {},
-                  .structure = std::move(spec.structure),
-                  .wrappings = std::move(spec.wrappings)};
-  for (const TensorSpec& tensor : spec.tensors) {
-    message.requires_grad.push_back(static_cast<uint8_t>(tensor.requires_grad));
-  }
+  Message message = spec.take_message();
   if (head.payload_inside != 0) {
     if (needed > block_size_.bytes()) {
       throw std::runtime_error("channel " + path_.name + ": a message's tensors lie outside its block");

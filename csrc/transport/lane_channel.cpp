@@ -188,14 +188,7 @@ Message LaneReceiveChannel::receive() {
   const std::string told(bytes + sizeof(told_bytes), told_bytes);
   const size_t begin = sizeof(told_bytes) + told_bytes;
   MessageSpec spec = MessageSpec::decode(bytes + begin, size - begin);
-  Message message{.frame = spec.frame,
-                  .tensors = {},
-                  .requires_grad = {},
-                  .structure = std::move(spec.structure),
-                  .wrappings = std::move(spec.wrappings)};
-  for (const TensorSpec& tensor : spec.tensors) {
-    message.requires_grad.push_back(static_cast<uint8_t>(tensor.requires_grad));
-  }
+  Message message = spec.take_message();
   if (spec.payload_bytes == 0) {
     message.tensors = unpack(at::empty({0}, at::TensorOptions(at::kByte).device(memory_)), 0, spec, nullptr);
     return message;

@@ -12,6 +12,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <type_traits>
+#include <utility>
 
 namespace pp_runtime {
 
@@ -220,6 +221,19 @@ MessageSpec MessageSpec::decode(const char* bytes, size_t size) {
   spec.wrappings = reader.take_text(head.wrappings_bytes);
   place(spec);
   return spec;
+}
+
+Message MessageSpec::take_message() {
+  Message message{.frame = frame,
+                  .tensors = {},
+                  .requires_grad = {},
+                  .structure = std::move(structure),
+                  .wrappings = std::move(wrappings)};
+  message.requires_grad.reserve(tensors.size());
+  for (const TensorSpec& tensor : tensors) {
+    message.requires_grad.push_back(static_cast<uint8_t>(tensor.requires_grad));
+  }
+  return message;
 }
 
 std::string MessageSpec::describe() const {

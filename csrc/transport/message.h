@@ -70,6 +70,8 @@ struct MessageSpec {
   static MessageSpec decode(const char* bytes, size_t size);
   std::string encode() const;
   std::string describe() const;
+  /// The message but for its tensors; the texts move into it.
+  Message take_message();
 };
 
 /// Every tensor of a packed message begins at a multiple of this many bytes.

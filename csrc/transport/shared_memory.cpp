@@ -268,15 +268,9 @@ Message SharedReceiveChannel::receive() {
   // With the last free block in use the sender would have to wait until somebody lets go of a tensor, so this message
   // is moved out.
   const bool move_out = returns_->held() + 1 >= credits_;
-  Message message{.frame = spec.frame,
-                  .tensors = {},
-                  .requires_grad = {},
-                  .structure = std::move(spec.structure),
-                  .wrappings = std::move(spec.wrappings)};
+  Message message = spec.take_message();
   message.tensors.reserve(spec.tensors.size());
-  message.requires_grad.reserve(spec.tensors.size());
   for (const TensorSpec& tensor : spec.tensors) {
-    message.requires_grad.push_back(static_cast<uint8_t>(tensor.requires_grad));
     if (!tensor.defined) {
       message.tensors.emplace_back();
     } else {
