@@ -2,38 +2,14 @@
 
 #include "transport/device_control.h"
 
-#include <chrono>
-#include <thread>
+#include "transport/lane_channel.h"
+
 #include <utility>
 
 namespace pp_runtime {
 
-namespace {
-
-constexpr std::chrono::seconds kDrain{10};
-
-}  // namespace
-
 std::string slot_name(const std::string& channel, uint32_t slot) {
   return "shared slot " + std::to_string(slot) + " of " + channel;
-}
-
-bool drains(const Lanes& lanes, const MarkPointer& mark) noexcept {
-  if (lanes.log() != nullptr) {
-    return true;
-  }
-  try {
-    const auto since = std::chrono::steady_clock::now();
-    while (!mark->passed()) {
-      if (std::chrono::steady_clock::now() - since > kDrain) {
-        return false;
-      }
-      std::this_thread::sleep_for(std::chrono::microseconds(100));
-    }
-    return true;
-  } catch (const std::exception&) {
-    return false;
-  }
 }
 
 SlotReturns::SlotReturns(std::shared_ptr<DeviceControl> control, std::shared_ptr<Lanes> lanes, std::string channel)

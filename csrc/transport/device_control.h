@@ -52,9 +52,6 @@ class DeviceControl {
 /// What a slot is called on both ranks, in the log of their lanes.
 std::string slot_name(const std::string& channel, uint32_t slot);
 
-/// Waits for a device whose streams wait for nobody any more. False where it hangs or failed.
-bool drains(const Lanes& lanes, const MarkPointer& mark) noexcept;
-
 /// Gives slots back to the sender. Shared by the channel and every tensor that lies in a slot, so it outlives the
 /// channel where a user keeps one. Any thread.
 class SlotReturns {

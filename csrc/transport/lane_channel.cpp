@@ -17,17 +17,22 @@ namespace pp_runtime {
 
 namespace {
 
-/// Between two looks at a device: short at first, so that little is lost, then longer, so that a core is not.
-class Pause {
- public:
-  void operator()() {
-    std::this_thread::sleep_for(next_);
-    next_ = std::min(2 * next_, std::chrono::microseconds(200));
-  }
+constexpr std::chrono::seconds kDrain{10};
 
- private:
-  std::chrono::microseconds next_{20};
-};
+/// Looks at the device until it is past `mark`; false where it is not within `limit`.
+bool passes_within(std::chrono::nanoseconds limit, const Mark& mark) {
+  const auto since = Watch::Clock::now();
+  // Short at first, so that little is lost, then longer, so that a core is not.
+  std::chrono::microseconds pause{20};
+  while (!mark.passed()) {
+    if (Watch::Clock::now() - since > limit) {
+      return false;
+    }
+    std::this_thread::sleep_for(pause);
+    pause = std::min(2 * pause, std::chrono::microseconds(200));
+  }
+  return true;
+}
 
 char* data(const at::Tensor& buffer) { return static_cast<char*>(buffer.mutable_data_ptr()); }
 
@@ -51,19 +56,23 @@ bool comes_to(const Lanes& lanes, const MarkPointer& mark, Watch& watch) noexcep
   }
   try {
     const auto since = Watch::Clock::now();
-    Pause pause;
-    for (auto looked = since; !mark->passed(); pause()) {
-      if (Watch::Clock::now() - looked > Watch::kInterval) {
-        looked = Watch::Clock::now();
-        if (watch.ended()) {
-          return false;
-        }
-        watch.look_for_failure(since);
+    while (!passes_within(Watch::kInterval, *mark)) {
+      if (watch.ended()) {
+        return false;
       }
+      watch.look_for_failure(since);
     }
     return true;
   } catch (const std::exception&) {
     return false;  // a rank failed, or the device itself
+  }
+}
+
+bool drains(const Lanes& lanes, const MarkPointer& mark) noexcept {
+  try {
+    return lanes.log() != nullptr || passes_within(kDrain, *mark);
+  } catch (const std::exception&) {
+    return false;
   }
 }
 
@@ -100,12 +109,8 @@ void LaneSendChannel::drop_done(size_t most) {
   }
   while (on_their_way_.size() > most) {
     const auto since = Watch::Clock::now();
-    Pause pause;
-    for (auto looked = since; !on_their_way_.front().done->passed(); pause()) {
-      if (Watch::Clock::now() - looked > Watch::kInterval) {
-        looked = Watch::Clock::now();
-        watch_->look(since);
-      }
+    while (!passes_within(Watch::kInterval, *on_their_way_.front().done)) {
+      watch_->look(since);
     }
     drop_oldest();
   }

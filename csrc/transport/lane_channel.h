@@ -111,4 +111,7 @@ class LaneReceiveChannel : public ReceiveChannel {
 /// Waits, before a channel closes, until the device comes to `mark`. False where it never will, as a rank failed.
 bool comes_to(const Lanes& lanes, const MarkPointer& mark, Watch& watch) noexcept;
 
+/// The same for a device whose streams wait for nobody any more. False where it hangs or failed.
+bool drains(const Lanes& lanes, const MarkPointer& mark) noexcept;
+
 }  // namespace pp_runtime
