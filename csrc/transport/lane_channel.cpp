@@ -2,6 +2,8 @@
 
 #include "transport/lane_channel.h"
 
+#include "transport/peer.h"
+
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/StreamGuard.h>
@@ -108,10 +110,10 @@ void LaneSendChannel::drop_done(size_t most) {
     drop_oldest();
   }
   while (on_their_way_.size() > most) {
-    const auto since = Watch::Clock::now();
-    while (!passes_within(Watch::kInterval, *on_their_way_.front().done)) {
-      watch_->look(since);
-    }
+    const Mark& done = *on_their_way_.front().done;
+    wait_for_peers(
+        *watch_, SpinTime{}, [&] { return done.passed(); },
+        [&](std::chrono::nanoseconds) { passes_within(Watch::kInterval, done); });
     drop_oldest();
   }
 }

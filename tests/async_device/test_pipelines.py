@@ -6,6 +6,8 @@ PP_ASYNC_DEVICE_SWEEP=n tries n seeds, every model and every number of stages; o
 from __future__ import annotations
 
 import os
+import signal
+import time
 import traceback
 from pathlib import Path
 
@@ -195,6 +197,37 @@ def test_a_killed_rank_is_noticed_by_its_peers(schedule: str, stages_per_rank: i
         met, unchanged = found[rank]
         assert met is not None and met.seconds < PROMPT and unchanged, f"rank {rank}: {met}"
         assert met.is_a("PipelineError") and "rank 1" in met.text, f"rank {rank}: {met}"
+
+
+class _DiesLater(nn.Module):
+    """The last stage; its process is killed in the second microbatch of the second step, when its peer has long sent
+    all that may be under way.
+    """
+
+    def __init__(self, microbatches: int) -> None:
+        super().__init__()
+        self.linear, self.left = nn.Linear(models.WIDTH, models.WIDTH), microbatches + 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.left -= 1
+        if self.left == 0:
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.linear(x)
+
+
+def _die_before_a_sender(rank: int, microbatches: int) -> Met | None:
+    device.send_through_communicators()
+    stages = make_stages({rank: _DiesLater(microbatches) if rank else nn.Linear(models.WIDTH, models.WIDTH)}, 2)
+    pipeline = make_schedule("GPipe", stages, microbatches, nn.functional.mse_loss)
+    step(pipeline, stages, models.rows_of_floats(2 * microbatches, 0))
+    return meet(lambda: step(pipeline, stages, models.rows_of_floats(2 * microbatches, 1)))
+
+
+def test_a_sender_that_waits_for_its_own_device_notices_a_killed_receiver() -> None:
+    met, _ = device.run(_die_before_a_sender, 2, deaths=[1], microbatches=16)
+    assert met is not None and met.seconds < PROMPT and met.is_a("PipelineError") and met.facts["rank"] == 1, met
+    assert "to take 0SEND_F" in met.facts["waiting_for"], met
 
 
 def _fail_on_a_stream(rank: int) -> Met | None:
