@@ -159,11 +159,10 @@ std::string DeviceSendChannel::carry(const Message& message, const MessageSpec& 
   Slot& slot = slots_[number];
   const Area& area = *slot.area;
   DeviceHead& head = control_->head();
-  const std::string freed = "freed, " + slot_name(name(), number);
   if (slot.uses > 0) {
     control_->device().wait(lane(), head.freed[number], slot.uses);
     if (LaneLog* log = lanes().log()) {
-      log->await(lane().id(), freed, slot.uses);
+      log->await(lane().id(), "freed, " + slot_name(name(), number), slot.uses);
     }
   }
   const at::Tensor place =
@@ -261,15 +260,17 @@ LaneReceiveChannel::Arrived DeviceReceiveChannel::arrive(const MessageSpec& spec
         .pid = sender_.pid, .fd = static_cast<int32_t>(told.fd), .bytes = told.area_bytes};
     area = areas_.emplace(told.area, control_->device().open(handle)).first;
   }
-  const std::string slot = slot_name(name(), told.slot);
   awaited_[told.slot] = told.use;
   control_->device().wait(lane(), control_->head().arrived[told.slot], told.use);
+  std::string buffer;
   if (LaneLog* log = lanes().log()) {
-    log->await(lane().id(), "arrived, " + slot, told.use);
+    buffer = slot_name(name(), told.slot);
+    log->await(lane().id(), "arrived, " + buffer, told.use);
   }
   auto lease = std::make_shared<SlotLease>(returns_, area->second, told.slot, told.use);
   const std::weak_ptr<void> alive = lease;
-  return {.tensors = unpack(area->second, told.offset, spec, std::move(lease)), .buffer = slot, .slot = alive};
+  return {
+      .tensors = unpack(area->second, told.offset, spec, std::move(lease)), .buffer = std::move(buffer), .slot = alive};
 }
 
 }  // namespace pp_runtime
