@@ -60,12 +60,10 @@ void bind_shared_memory(py::module_& m) {
 void bind_c10d(py::module_& m) {
   py::class_<WaitGuard, std::shared_ptr<WaitGuard>>(m, "WaitGuard")
       .def(py::init<std::shared_ptr<Watch>>(), py::arg("watch"));
-  const auto path = [](c10::intrusive_ptr<c10d::ProcessGroup> group, int peer, int tag, at::Device device,
-                       std::string name,
-                       size_t ahead) { return C10dPath{std::move(group), peer, tag, device, std::move(name), ahead}; };
+  const auto path = [](c10::intrusive_ptr<c10d::ProcessGroup> group, int peer, int tag, std::string name,
+                       size_t ahead) { return C10dPath{std::move(group), peer, tag, std::move(name), ahead}; };
   py::class_<C10dPath>(m, "C10dPath")
-      .def(py::init(path), py::arg("group"), py::arg("peer"), py::arg("tag"), py::arg("device"), py::arg("name"),
-           py::arg("ahead") = 0);
+      .def(py::init(path), py::arg("group"), py::arg("peer"), py::arg("tag"), py::arg("name"), py::arg("ahead") = 0);
   py::class_<C10dSendChannel, SendChannel, std::shared_ptr<C10dSendChannel>>(m, "C10dSendChannel")
       .def(py::init<C10dPath, std::shared_ptr<Watch>, std::shared_ptr<WaitGuard>>(), py::arg("path"), py::arg("watch"),
            py::arg("guard"));

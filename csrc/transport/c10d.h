@@ -38,7 +38,6 @@ struct C10dPath {
   int peer = -1;
   /// Two tags are the channel's own: this one for what describes a message, the next for its tensors.
   int tag = 0;
-  at::Device device = at::kCPU;
   std::string name;
   /// How many messages may be under way; with fewer than the plan says, ranks may wait for each other for ever.
   size_t ahead = 0;

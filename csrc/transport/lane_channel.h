@@ -51,7 +51,6 @@ class LaneSendChannel : public SendChannel {
   const std::string& name() const { return name_; }
   const c10::Stream& lane() const { return lane_; }
   Lanes& lanes() const { return *lanes_; }
-  const std::shared_ptr<Lanes>& shared_lanes() const { return lanes_; }
   Watch& watch() const { return *watch_; }
 
  private:

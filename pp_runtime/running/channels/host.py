@@ -85,12 +85,12 @@ class _C10dChannels:
 
     def confirmation(self, ranks: int, own_rank: int) -> _C.Confirmation:
         # No edge leads from a stage to itself, so its number is free.
-        path = _C.C10dPath(self._group, -1, self._tag(0), torch.device("cpu"), "end of the step")
+        path = _C.C10dPath(self._group, -1, self._tag(0), "end of the step")
         return _C.C10dConfirmation(path, ranks, own_rank, self._guard)
 
     def _path(self, channel: Channel, peer: int) -> _C.C10dPath:
         tag = self._tag(tag_of(channel))
-        return _C.C10dPath(self._group, peer, tag, torch.device("cpu"), channel.name, self._ahead[channel])
+        return _C.C10dPath(self._group, peer, tag, channel.name, self._ahead[channel])
 
     def _tag(self, number: int) -> int:
         return (self._first_tag + 2 * number) % _TAGS
