@@ -49,7 +49,7 @@ DeviceSendChannel::DeviceSendChannel(std::shared_ptr<SendChannel> host, DevicePa
     : LaneSendChannel(std::move(host), path.lanes, path.name, std::max(credits, 2U), std::move(watch)),
       control_(std::make_shared<DeviceControl>(std::move(control), std::move(path.peer_memory))),
       receiver_device_(std::move(receiver_device)),
-      credits_(std::clamp(credits, 2U, kMostSlots / 4)),
+      supply_(std::clamp(credits, 2U, kMostSlots / 4), kSlotAlignment),
       spin_(spin) {}
 
 DeviceSendChannel::~DeviceSendChannel() {
@@ -95,27 +95,21 @@ void DeviceSendChannel::collect_returns() {
 
 /// Adds slots for messages of `bytes`; false where the channel can have no more.
 bool DeviceSendChannel::grow(size_t bytes) {
-  const bool larger = bytes > slot_bytes_;
-  // A quarter more than asked, so that lengths that creep up do not make an area each.
-  const size_t slot_bytes =
-      larger ? align_up(slot_bytes_ == 0 ? bytes : bytes + bytes / 4, kSlotAlignment) : slot_bytes_;
-  const uint32_t count = larger || usable_ == 0 ? credits_ : std::max(1U, usable_ / 2);
-  if (slots_.size() + count > kMostSlots + unused_.size()) {
+  const BlockSupply::Growth growth = supply_.growth(bytes);
+  if (slots_.size() + growth.blocks > kMostSlots + unused_.size()) {
     return false;
   }
   const auto area = std::make_shared<Area>();
-  area->bytes = slot_bytes * count;
+  area->bytes = growth.bytes();
   area->mapping = control_->device().allocate(receiver_device_, area->bytes);
   area->number = areas_made_++;
-  if (larger) {
+  if (growth.outgrows) {
     oldest_area_ = area->number;
     for (const uint32_t outgrown : std::exchange(free_, {})) {
       retire(outgrown);
     }
-    usable_ = 0;
-    slot_bytes_ = slot_bytes;
   }
-  for (uint32_t i = 0; i < count; ++i) {
+  for (uint32_t i = 0; i < growth.blocks; ++i) {
     if (unused_.empty()) {
       unused_.push_back(static_cast<uint32_t>(slots_.size()));
       slots_.emplace_back();
@@ -123,15 +117,15 @@ bool DeviceSendChannel::grow(size_t bytes) {
     const uint32_t slot = unused_.back();
     unused_.pop_back();
     slots_[slot].area = area;
-    slots_[slot].offset = slot_bytes * i;
+    slots_[slot].offset = growth.block_bytes * i;
     free_.push_back(slot);
   }
-  usable_ += count;
+  supply_.grew(growth);
   return true;
 }
 
 uint32_t DeviceSendChannel::take_slot(size_t bytes) {
-  if (bytes > slot_bytes_ && !grow(bytes)) {
+  if (bytes > supply_.block_bytes() && !grow(bytes)) {
     throw std::runtime_error("channel " + name() +
                              " has seen too many sizes of message: keep lengths to fewer, or set "
                              "PP_RUNTIME_TRANSPORT=c10d");
@@ -143,8 +137,8 @@ uint32_t DeviceSendChannel::take_slot(size_t bytes) {
       return true;
     }
     // What a user keeps from earlier steps does not come back in this one.
-    const bool kept = usable_ < credits_ + control_->head().kept.load(std::memory_order_relaxed);
-    return (kept || Watch::Clock::now() - since > kPatience) && grow(slot_bytes_);
+    const bool kept = supply_.blocks() < supply_.credits() + control_->head().kept.load(std::memory_order_relaxed);
+    return (kept || Watch::Clock::now() - since > BlockSupply::kPatience) && grow(supply_.block_bytes());
   };
   wait_for_peers(watch(), spin_, has_slot, [&](std::chrono::nanoseconds spin) {
     control_->head().returns.wait(returns_read_, spin, Watch::kInterval);

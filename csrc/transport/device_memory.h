@@ -2,10 +2,10 @@
 
 #include "oversight/peer_memory.h"
 #include "oversight/segment.h"
+#include "transport/block_supply.h"
 #include "transport/lane_channel.h"
 #include "transport/peer.h"
 
-#include <chrono>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -47,8 +47,6 @@ class DeviceSendChannel final : public LaneSendChannel {
   /// What the receiving end opens, made before it is known who that is.
   static std::shared_ptr<Segment> make_control();
 
-  static constexpr std::chrono::milliseconds kPatience{100};
-
  protected:
   std::string carry(const Message& message, const MessageSpec& spec, OnItsWay& on_its_way) override;
 
@@ -73,12 +71,10 @@ class DeviceSendChannel final : public LaneSendChannel {
   std::vector<uint32_t> free_;
   /// Numbers of slots whose memory was of an outgrown size.
   std::vector<uint32_t> unused_;
-  size_t slot_bytes_ = 0;
+  BlockSupply supply_;
   uint32_t areas_made_ = 0;
   /// The first area of the present size.
   uint32_t oldest_area_ = 0;
-  uint32_t usable_ = 0;
-  uint32_t credits_;
   uint32_t returns_read_ = 0;
   SpinTime spin_;
 };

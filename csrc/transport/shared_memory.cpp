@@ -49,12 +49,12 @@ struct ChannelHead {
 SharedSendChannel::SharedSendChannel(uint32_t credits, uint32_t ahead, std::string name, std::shared_ptr<Watch> watch)
     : control_(Segment::create(sizeof(ChannelHead))),
       head_(new (control_->data()) ChannelHead),
-      credits_(std::min(std::max(credits, 2U), kRingEntries / 2)),
+      supply_(std::min(std::max(credits, 2U), kRingEntries / 2), kBlockGranule),
       ahead_(std::min(std::max(ahead, 1U), kRingEntries / 2)),
       ring_(std::bit_ceil(ahead_)),
       name_(std::move(name)),
       watch_(std::move(watch)) {
-  head_->credits = credits_;
+  head_->credits = supply_.credits();
   head_->ring = ring_;
   head_->magic = kMagic;
 }
@@ -74,7 +74,7 @@ void SharedSendChannel::collect_returns() {
       throw std::runtime_error("shared memory channel " + name_ + " is corrupted: block " + std::to_string(id) +
                                " came back");
     }
-    if (blocks_[id].bytes == block_bytes_) {
+    if (blocks_[id].bytes == supply_.block_bytes()) {
       free_.push_back(id);
     } else {
       drop_pages(id);
@@ -84,30 +84,24 @@ void SharedSendChannel::collect_returns() {
 
 /// Adds a segment of blocks for messages of `bytes`; false where the channel can have no more.
 bool SharedSendChannel::grow(size_t bytes) {
-  const bool larger = bytes > block_bytes_;
-  // A quarter more than asked, so that lengths that creep up do not make a segment each.
-  const size_t block_bytes =
-      larger ? align_up(block_bytes_ == 0 ? bytes : bytes + bytes / 4, kBlockGranule) : block_bytes_;
-  const uint32_t count = larger || usable_blocks_ == 0 ? credits_ : std::max(1U, usable_blocks_ / 2);
-  if (segments_.size() == kMaximumSegments || blocks_.size() + count > kRingEntries - 1) {
+  const BlockSupply::Growth growth = supply_.growth(bytes);
+  if (segments_.size() == kMaximumSegments || blocks_.size() + growth.blocks > kRingEntries - 1) {
     return false;
   }
   // Pages that no message touches cost nothing, so all the blocks of a size are one segment.
-  segments_.push_back(Segment::create(block_bytes * count));
+  segments_.push_back(Segment::create(growth.bytes()));
   const auto index = static_cast<uint32_t>(segments_.size() - 1);
   head_->segments[index] = {.fd = segments_.back()->fd(), .bytes = segments_.back()->bytes()};
-  if (larger) {
+  if (growth.outgrows) {
     for (const uint32_t outgrown : std::exchange(free_, {})) {
       drop_pages(outgrown);
     }
-    usable_blocks_ = 0;
-    block_bytes_ = block_bytes;
   }
-  for (uint32_t i = count; i > 0; --i) {
+  for (uint32_t i = growth.blocks; i > 0; --i) {
     free_.push_back(static_cast<uint32_t>(blocks_.size()));
-    blocks_.push_back({.segment = index, .offset = block_bytes * (i - 1), .bytes = block_bytes});
+    blocks_.push_back({.segment = index, .offset = growth.block_bytes * (i - 1), .bytes = growth.block_bytes});
   }
-  usable_blocks_ += count;
+  supply_.grew(growth);
   return true;
 }
 
@@ -127,14 +121,14 @@ void SharedSendChannel::wait_for_takes() {
 }
 
 uint32_t SharedSendChannel::take_block(size_t bytes) {
-  if (bytes > block_bytes_ && !grow(bytes)) {
+  if (bytes > supply_.block_bytes() && !grow(bytes)) {
     throw std::runtime_error("channel " + name_ +
                              " has seen too many sizes of message: keep lengths to fewer, or use the c10d transport");
   }
   const auto since = Watch::Clock::now();
   const auto has_block = [&] {
     collect_returns();
-    return !free_.empty() || (Watch::Clock::now() - since > kPatience && grow(block_bytes_));
+    return !free_.empty() || (Watch::Clock::now() - since > BlockSupply::kPatience && grow(supply_.block_bytes()));
   };
   wait_for_peers(*watch_, spin_, has_block,
                  [&](std::chrono::nanoseconds spin) { head_->returns.wait(returns_read_, spin, Watch::kInterval); });

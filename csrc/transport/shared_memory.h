@@ -1,6 +1,7 @@
 #pragma once
 
 #include "oversight/segment.h"
+#include "transport/block_supply.h"
 #include "transport/doorbell.h"
 #include "transport/peer.h"
 #include "transport/transport.h"
@@ -18,9 +19,9 @@ struct ChannelHead;
 /// Owns the channel's memory: a ring of message descriptors, a ring of returned blocks, and segments cut into blocks of
 /// one size. A message is one copy into a free block and one descriptor. There are `credits` blocks; when none is free
 /// the sender waits for the receiver to return one. The credits come from the plan's live intervals, so that is rare;
-/// where a wait is longer than kPatience a block is added, so no user who keeps tensors can stop the pipeline.
-/// It is never more than `ahead` messages ahead of the receiver's takes, so a receiver that frees what it takes at once
-/// lets the channel use few blocks, however many it may have.
+/// where a wait is longer than BlockSupply::kPatience blocks are added, so no user who keeps tensors can stop the
+/// pipeline. It is never more than `ahead` messages ahead of the receiver's takes, so a receiver that frees what it
+/// takes at once lets the channel use few blocks, however many it may have.
 class SharedSendChannel : public SendChannel {
  public:
   SharedSendChannel(uint32_t credits, uint32_t ahead, std::string name, std::shared_ptr<Watch> watch);
@@ -32,8 +33,6 @@ class SharedSendChannel : public SendChannel {
   int peer() const override { return peer_.rank; }
   void send(Message message) override;
   void finish_step() override {}
-
-  static constexpr std::chrono::milliseconds kPatience{100};
 
  private:
   struct Block {
@@ -53,9 +52,7 @@ class SharedSendChannel : public SendChannel {
   std::vector<std::shared_ptr<Segment>> segments_;
   std::vector<Block> blocks_;
   std::vector<uint32_t> free_;
-  size_t block_bytes_ = 0;
-  uint32_t usable_blocks_ = 0;
-  uint32_t credits_;
+  BlockSupply supply_;
   uint32_t ahead_;
   uint32_t ring_;
   uint32_t sent_ = 0;
