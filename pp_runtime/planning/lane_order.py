@@ -25,7 +25,8 @@ class LaneEntry(NamedTuple):
     """One thing asked of a device, at a time in nanoseconds.
 
     ``kind`` is work, mark, wait, passed (the host learned that an event has), or, of a number that ranks share and
-    ``text`` names, signal (a lane sets it to ``event``) and await (a lane waits until it is).
+    ``text`` names, signal (a lane sets it to ``event``) and await (a lane waits until it is). ``rank`` tells the hosts
+    of several recordings in one apart.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class LaneEntry(NamedTuple):
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     time: int = 0
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ def merged(recordings: Mapping[int, Sequence[LaneEntry]]) -> list[LaneEntry]:
                 event=entry.event if entry.kind in ("signal", "await") else (rank, entry.event),
                 reads=tuple(of(rank, name) for name in entry.reads),
                 writes=tuple(of(rank, name) for name in entry.writes),
+                rank=rank,
             )
             for rank, entries in recordings.items()
             for entry in entries
@@ -109,16 +112,16 @@ def races(entries: Iterable[LaneEntry]) -> list[Race | Unsent]:
     In the recording of one rank alone, what it waits for of another is not looked at.
     """
     entries = list(entries)
-    whole = any(isinstance(entry.event, tuple) for entry in entries)
+    several = len({entry.rank for entry in entries}) > 1
     clocks: dict[str, Clock] = {}
     marks: dict[Hashable, Clock] = {}
     signals: dict[tuple[str, Hashable], Clock] = {}
-    hosts: dict[Hashable, Clock] = {}
+    hosts: dict[int, Clock] = {}
     memories: dict[str, _Memory] = {}
     found: list[Race | Unsent] = []
     for entry in entries:
         clock = clocks.setdefault(entry.lane, {})
-        host = hosts.setdefault(entry.lane.rpartition(", rank ")[2] if whole else "", {})
+        host = hosts.setdefault(entry.rank, {})
         if entry.kind == "wait":
             _join(clock, marks[entry.event])
         elif entry.kind == "passed":
@@ -130,7 +133,7 @@ def races(entries: Iterable[LaneEntry]) -> list[Race | Unsent]:
         elif entry.kind == "await":
             if (entry.text, entry.event) in signals:
                 _join(clock, signals[entry.text, entry.event])
-            elif whole:
+            elif several:
                 found.append(Unsent(entry.text, entry.event, entry.lane))
         else:
             # Whatever the host knew when it queued the work is before it.
