@@ -28,7 +28,7 @@ from pp_runtime.running.channels import OpenChannels, open_channels
 from pp_runtime.running.gradients import TiedGradients, claims_of, data_parallel_handlers, read_claims
 from pp_runtime.running.held_stage import HeldStage
 from pp_runtime.running.meter import Meter, Signature, loads_of
-from pp_runtime.running.oversight import end_of_step
+from pp_runtime.running.oversight import Lookout, end_of_step
 from pp_runtime.timing import Timeline
 
 
@@ -120,8 +120,8 @@ class Runtime:
             if measuring:
                 self._set_meter(None)
         self._step += 1
-        if self._channels is not None and self._channels.lookout is not None:
-            self._channels.lookout.step_ended()
+        if self._lookout is not None:
+            self._lookout.step_ended()
         holds_last = any(stage.is_last for stage in self._stages)
         outputs, losses = executor.take_outputs(), executor.take_losses()
         return StepResult(
@@ -152,8 +152,8 @@ class Runtime:
         self._deadline = checked_deadline(seconds, "deadline")
         if self._agreement is not None:
             self._agreement.deadline = seconds
-        if self._channels is not None and self._channels.lookout is not None:
-            self._channels.lookout.deadline_changed()
+        if self._lookout is not None:
+            self._lookout.deadline_changed()
 
     # Timeline
 
@@ -285,11 +285,14 @@ class Runtime:
         executor.set_recording(self._recording)
         return executor
 
+    @property
+    def _lookout(self) -> Lookout | None:
+        return None if self._channels is None else self._channels.lookout
+
     def _end(self, error: BaseException, executor: _C.Executor | None) -> BaseException:
         """What to raise for an error on this rank, after every other rank was told of it."""
         self._over = True
-        lookout = self._channels.lookout if self._channels is not None else None
-        raised = end_of_step(error, _place(executor), self._agreement, lookout)
+        raised = end_of_step(error, _place(executor), self._agreement, self._lookout)
         if executor is not None:
             executor.clear()
             # Some microbatches' gradients are in and others are not, so none are left for an optimizer to use.

@@ -66,36 +66,20 @@ class AcceleratorChannels:
         self, sends: Mapping[Channel, _C.SendChannel], receives: Mapping[Channel, _C.ReceiveChannel]
     ) -> tuple[dict[Channel, _C.SendChannel], dict[Channel, _C.ReceiveChannel]]:
         """Both tables with the tensors' way. Every rank must call it, at the same point."""
-        near, peer_memory = self._reach.near, self._offers.peer_memory
+        near = self._reach.near
         far = [c for c in sends if not near[c.receiver]] + [c for c in receives if not near[c.sender]]
-        carried = self._carried(far) if far else None
-        made_sends, made_receives = {}, {}
-        for channel, sender in sends.items():
-            if carried is not None and not near[channel.receiver]:
-                made_sends[channel] = carried.sender(channel, sender)
-            else:
-                made_sends[channel] = self._device_sender(channel, sender, peer_memory)
-        for channel, receiver in receives.items():
-            if carried is not None and not near[channel.sender]:
-                made_receives[channel] = carried.receiver(channel, receiver)
-            else:
-                made_receives[channel] = self._device_receiver(channel, receiver, peer_memory)
+        mapped, carried = self._mapped(), self._carried(far) if far else None
+
+        def between(peer: int) -> _Mapped | _Carried:
+            return mapped if carried is None or near[peer] else carried
+
+        made_sends = {channel: between(channel.receiver).sender(channel, host) for channel, host in sends.items()}
+        made_receives = {channel: between(channel.sender).receiver(channel, host) for channel, host in receives.items()}
         warn_of_few_queues(self._device, made_sends, made_receives)
         return made_sends, made_receives
 
-    def _device_sender(self, channel: Channel, host: _C.SendChannel, memory: _C.PeerMemory | None) -> _C.SendChannel:
-        path = _C.DevicePath(self._lanes, channel.name, self._memory, memory)
-        name = self._reach.words[channel.receiver]["device"]
-        control, credits = self._offers.controls[channel], self._credits[channel]
-        return _C.DeviceSendChannel(host, path, control, name, credits, self._agreement.watch, self._reach.spin_ns)
-
-    def _device_receiver(
-        self, channel: Channel, host: _C.ReceiveChannel, memory: _C.PeerMemory | None
-    ) -> _C.ReceiveChannel:
-        path = _C.DevicePath(self._lanes, channel.name, self._memory, memory)
-        word = self._reach.words[channel.sender]
-        control = word["controls"][key_of(channel)]
-        return _C.DeviceReceiveChannel(host, path, channel.sender, word["pid"], control, self._agreement.watch)
+    def _mapped(self) -> _Mapped:
+        return _Mapped(self._lanes, self._memory, self._offers, self._reach, self._credits, self._agreement.watch)
 
     def _carried(self, channels: Sequence[Channel]) -> _Carried:
         plan, agreement = self._plan, self._agreement
@@ -109,6 +93,31 @@ class AcceleratorChannels:
         made = Communicators(self._group, self._device, agreement.serial, agreement.rank, channels, kind)
         guard = _C.WaitGuard(agreement.watch)
         return _Carried(self._lanes, self._memory, made, self._credits, plan.ahead(), agreement.watch, guard)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mapped:
+    """Makes the ends of channels whose tensors go through memory of the receiver's device."""
+
+    lanes: _C.Lanes
+    memory: torch.device
+    offers: Offers
+    reach: Reach
+    credits: Mapping[Channel, int]
+    watch: _C.Watch
+
+    def sender(self, channel: Channel, host: _C.SendChannel) -> _C.SendChannel:
+        device, control = self.reach.words[channel.receiver]["device"], self.offers.controls[channel]
+        credits, spin_ns = self.credits[channel], self.reach.spin_ns
+        return _C.DeviceSendChannel(host, self._path(channel), control, device, credits, self.watch, spin_ns)
+
+    def receiver(self, channel: Channel, host: _C.ReceiveChannel) -> _C.ReceiveChannel:
+        word = self.reach.words[channel.sender]
+        control = word["controls"][key_of(channel)]
+        return _C.DeviceReceiveChannel(host, self._path(channel), channel.sender, word["pid"], control, self.watch)
+
+    def _path(self, channel: Channel) -> _C.DevicePath:
+        return _C.DevicePath(self.lanes, channel.name, self.memory, self.offers.peer_memory)
 
 
 @dataclass(frozen=True, slots=True)
