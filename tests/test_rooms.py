@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import networkx
 import pytest
 
 PACKAGE = "pp_runtime"
@@ -104,31 +105,10 @@ def floor_of(module: str) -> int:
 
 
 def circles(arrows: Mapping[str, set[str]]) -> list[list[str]]:
-    """The groups of modules that import each other, over one or more others (Tarjan's components)."""
-    index: dict[str, int] = {}
-    low: dict[str, int] = {}
-    stack: list[str] = []
-    found: list[list[str]] = []
-
-    def visit(node: str) -> None:
-        index[node] = low[node] = len(index)
-        stack.append(node)
-        for other in arrows.get(node, ()):
-            if other not in index:
-                visit(other)
-                low[node] = min(low[node], low[other])
-            elif other in stack:
-                low[node] = min(low[node], index[other])
-        if low[node] == index[node]:
-            group = stack[stack.index(node) :]
-            del stack[stack.index(node) :]
-            if len(group) > 1 or node in arrows.get(node, ()):
-                found.append(sorted(group))
-
-    for node in arrows:
-        if node not in index:
-            visit(node)
-    return found
+    """The groups of modules that import each other, over one or more others."""
+    graph = networkx.DiGraph(arrows)
+    groups = networkx.strongly_connected_components(graph)
+    return sorted(sorted(group) for group in groups if len(group) > 1 or any(graph.has_edge(one, one) for one in group))
 
 
 def upward(package: Package) -> list[str]:

@@ -100,23 +100,10 @@ def _train_over(rank: int, kind: str) -> list[str]:
     return _train(rank, [Setting("GPipe", 5)])
 
 
-class _Keeps(nn.Module):
-    """Keeps what it receives for longer than the step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.kept.append((x.detach(), x.detach().clone()))
-        return self.linear(x)
-
-
 def _keep(rank: int, schedules: list[str]) -> list[str]:
     found = []
     for schedule in schedules:
-        stage = _Keeps()
+        stage = models.Keeps()
         stages = make_stages({rank: stage}, 2)
         pipeline = make_schedule(schedule, stages, 6, nn.functional.mse_loss)
         for number in range(3):

@@ -43,6 +43,19 @@ class Block(nn.Sequential):
         super().__init__(nn.Linear(inputs, outputs), nn.Tanh())
 
 
+class Keeps(nn.Module):
+    """A stage that keeps what it receives for longer than the step, each with a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.kept: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept.append((x.detach(), x.detach().clone()))
+        return self.linear(x)
+
+
 def mlp(num_stages: int) -> Example:
     return Example([Block() for _ in range(num_stages)])
 

@@ -25,7 +25,7 @@ from pp_runtime.planning.lane_order import LaneEntry, merged, races
 from pp_runtime.planning.passes.communication import insert_communication
 from pp_runtime.running.communicators import check_sequences, fewest_communicators
 from pp_runtime.running.lanes import recorded_lanes
-from tests.helpers import api, ranks
+from tests.helpers import api, models, ranks
 from tests.helpers.pipelines import EVERY_SCHEDULE, Setting, Twins, stages_allowed
 from tests.schedules import test_custom_functions, test_user_orders
 from tests.splitting import test_traced_models
@@ -173,21 +173,8 @@ def test_receives_and_sends_wait_for_compute_only() -> None:
         assert set.union(*waits.values()) == {"compute"}
 
 
-class _Keeps(nn.Module):
-    """Keeps what it receives for longer than the step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.kept.append((x.detach(), x.detach().clone()))
-        return self.linear(x)
-
-
 def _keep(rank: int) -> list[str]:
-    stage = _Keeps()
+    stage = models.Keeps()
     with recorded_lanes() as recording:
         pipeline = api.PipelineStage(stage, rank, 2, torch.device("cpu"))
         schedule = api.schedules.Schedule1F1B(pipeline, 6, loss_fn=nn.functional.mse_loss)
