@@ -22,6 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PORT, LIMIT = 29_711, 100
 
 PROGRAM = """
+import sys
+from pathlib import Path
+
 import torch.distributed as dist
 from pp_runtime.running import runtime
 from tests.helpers.pipelines import Setting, Twins
@@ -37,7 +40,7 @@ dist.init_process_group("gloo")
 rank = dist.get_rank()
 twins = Twins(rank, Setting("1F1B", 6))
 found = [line for number in range(3) for line in twins.train(f"step {number}", twins.example.batch(12, number))]
-print("RANK", rank, *sorted(kinds), *found, sep="|", flush=True)
+Path(sys.argv[1], str(rank)).write_text("|".join([*sorted(kinds), *found]))
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -72,7 +75,7 @@ def hosts() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=20)
 
 
-def start(name: str, number: int, script: Path, log: Path) -> subprocess.Popen:
+def start(name: str, number: int, script: Path, reports: Path, log: Path) -> subprocess.Popen:
     """torchrun on one host, which sees neither the other's processes nor, then, their memory."""
     arguments = f"--nnodes 2 --nproc_per_node 2 --node_rank {number} --master_addr 10.77.0.1 --master_port {PORT}"
     isolated = ["ip", "netns", "exec", name, "unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -81,7 +84,7 @@ def start(name: str, number: int, script: Path, log: Path) -> subprocess.Popen:
     }  # fmt: skip
     with log.open("w") as file:
         return subprocess.Popen(
-            [*isolated, sys.executable, "-m", "torch.distributed.run", *arguments.split(), str(script)],
+            [*isolated, sys.executable, "-m", "torch.distributed.run", *arguments.split(), str(script), str(reports)],
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -93,8 +96,13 @@ def start(name: str, number: int, script: Path, log: Path) -> subprocess.Popen:
 def test_ranks_of_two_hosts_train_as_one(hosts: list[str], tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(PROGRAM)
+    # A file a rank: what several processes print at once may end up in one line.
+    reports = tmp_path / "reports"
+    reports.mkdir()
     logs = [tmp_path / f"{name}.log" for name in hosts]
-    nodes = [start(name, number, script, log) for number, (name, log) in enumerate(zip(hosts, logs, strict=True))]
+    nodes = [
+        start(name, number, script, reports, log) for number, (name, log) in enumerate(zip(hosts, logs, strict=True))
+    ]
     try:
         for node in nodes:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -105,8 +113,7 @@ def test_ranks_of_two_hosts_train_as_one(hosts: list[str], tmp_path: Path) -> No
                 os.killpg(node.pid, signal.SIGKILL)
             node.wait(20)
     shown = "\n".join(log.read_text() for log in logs)
-    reports = dict(line.removeprefix("RANK|").split("|", 1) for line in shown.splitlines() if line.startswith("RANK|"))
-    assert reports == {
+    assert {report.name: report.read_text() for report in reports.iterdir()} == {
         "0": "0>1 Shar|1>0 Shar",
         "1": "0>1 Shar|1>0 Shar|1>2 C10d|2>1 C10d",
         "2": "1>2 C10d|2>1 C10d|2>3 Shar|3>2 Shar",
