@@ -160,6 +160,8 @@ class Build(BuildExtension):
             '"""Written by setup.py: what the extension was built for."""\n\n'
             f'TORCH_VERSION = "{torch.__version__}"\nCUDA = {CUDA}\n'
         )
+        if self.inplace:
+            self.run_command("egg_info")  # by which torch.compile finds the backend in a checkout
         target = folder / "_build_info.py"
         if not target.exists() or target.read_text() != text:
             target.write_text(text)

@@ -2,6 +2,7 @@
 
 #include "backward/graph_splitter.h"
 
+#include "backward/compiled_node.h"
 #include "backward/python_nodes.h"
 #include "backward/weight_products.h"
 
@@ -110,24 +111,29 @@ Node* GraphSplitter::halve(Node& node) {
     worth_splitting |= on_weight_side_[i] && product->is_product(i);
   }
   if (worth_splitting) {
-    return split(node, *product);
+    return stand_in<SplitNode>(node, *product);
+  }
+  if (is_compiled_region(node) && node.post_hooks().empty()) {
+    return stand_in<CompiledNode>(node);
   }
   keep(node);
   return nullptr;
 }
 
-Node* GraphSplitter::split(Node& node, const WeightProduct& product) {
+template <class StandIn, class... Arguments>
+Node* GraphSplitter::stand_in(Node& node, Arguments&&... arguments) {
   edge_list& edges = node.next_edges();
   edge_list input_edges(edges.size());
   edge_list weight_edges(edges.size());
   for (size_t i = 0; i < edges.size(); ++i) {
     (on_weight_side_[i] ? weight_edges : input_edges)[i] = std::move(edges[i]);
   }
-  auto split = make_node<SplitNode>(node.getptr(), product, std::move(input_edges), std::move(weight_edges));
-  if (split->has_hooks()) {
+  auto stand_in = make_node<StandIn>(node.getptr(), std::move(input_edges), std::move(weight_edges),
+                                     std::forward<Arguments>(arguments)...);
+  if (stand_in->has_hooks()) {
     replaced_.push_back(&node);
   }
-  halves_.push_back(std::move(split));
+  halves_.push_back(std::move(stand_in));
   return halves_.back().get();
 }
 

@@ -29,7 +29,7 @@ class GraphSplitter {
   bool redirect(torch::autograd::Edge& edge) const;
 
   std::vector<Owned<HalfNode>> take_halves() { return std::move(halves_); }
-  /// Nodes with hooks that SplitNodes replaced in the graph.
+  /// Nodes with hooks that StandInNodes replaced in the graph.
   std::vector<torch::autograd::Node*> take_replaced() { return std::move(replaced_); }
 
   std::vector<Owned<RecomputeNode>> take_recomputes() { return std::move(recomputes_); }
@@ -49,7 +49,9 @@ class GraphSplitter {
   bool must_run_in_input_half(torch::autograd::Node& node) const;
   /// Splits a frontier node; returns what replaces it in the graph, null where it stays.
   torch::autograd::Node* halve(torch::autograd::Node& node);
-  torch::autograd::Node* split(torch::autograd::Node& node, const WeightProduct& product);
+  /// Has a StandInNode of that kind run the node, and returns it.
+  template <class StandIn, class... Arguments>
+  torch::autograd::Node* stand_in(torch::autograd::Node& node, Arguments&&... arguments);
   void keep(torch::autograd::Node& node);
 
   ska::flat_hash_map<torch::autograd::Node*, Place> places_;

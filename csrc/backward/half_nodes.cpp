@@ -70,10 +70,9 @@ void HalfNode::follow_own_paths(variable_list& gradients) const {
   }
 }
 
-SplitNode::SplitNode(NodePointer whole, const WeightProduct& product, edge_list input_edges, edge_list weight_edges)
+StandInNode::StandInNode(NodePointer whole, edge_list input_edges, edge_list weight_edges)
     : HalfNode(whole->sequence_nr(), edge_list(input_edges)),
       whole_(std::move(whole)),
-      product_(product),
       weight_edges_(std::move(weight_edges)) {
   for (size_t i = 0; i < whole_->num_inputs(); ++i) {
     input_metadata_.emplace_back(whole_->input_metadata(i));
@@ -82,38 +81,45 @@ SplitNode::SplitNode(NodePointer whole, const WeightProduct& product, edge_list 
   whole_->next_edges() = std::move(input_edges);
 }
 
+std::string StandInNode::name() const { return whole_->name(); }
+
+void StandInNode::begin_weight_half() {
+  in_weight_half_ = true;
+  whole_->next_edges() = weight_edges_;
+  next_edges() = std::move(weight_edges_);
+}
+
+bool StandInNode::has_hooks() const { return !whole_->tensor_pre_hooks().empty() || !whole_->pre_hooks().empty(); }
+
+SplitNode::SplitNode(NodePointer whole, edge_list input_edges, edge_list weight_edges, const WeightProduct& product)
+    : StandInNode(std::move(whole), std::move(input_edges), std::move(weight_edges)), product_(product) {}
+
 variable_list SplitNode::apply(variable_list&& gradients) {
-  if (in_weight_half_) {
-    variable_list weight_gradients = (*whole_)(std::move(gradients_));
+  if (in_weight_half()) {
+    variable_list weight_gradients = whole()(std::move(gradients_));
     follow_own_paths(weight_gradients);
     weight_gradients.resize(num_outputs());  // nothing for the half that runs next
     return weight_gradients;
   }
   // The engine runs this node's hooks, and it has none: the whole node's run here, once, and W sees what they made.
-  variable_list final_gradients = run_hooks_before(*whole_, std::move(gradients));
-  product_.keep_unpacked(*whole_);
+  variable_list final_gradients = run_hooks_before(whole(), std::move(gradients));
+  product_.keep_unpacked(whole());
   gradients_ = final_gradients;
-  return (*whole_)(std::move(final_gradients));
+  return whole()(std::move(final_gradients));
 }
 
 void SplitNode::release_variables() {
   // The engine calls this after each half; only after W is nothing needed any more.
-  if (in_weight_half_) {
+  if (in_weight_half()) {
     gradients_.clear();
-    whole_->release_variables();
+    whole().release_variables();
   }
 }
 
-std::string SplitNode::name() const { return whole_->name(); }
-
 void SplitNode::begin_weight_half() {
-  in_weight_half_ = true;
-  product_.release_input_half(*whole_, weight_edges_);
-  whole_->next_edges() = weight_edges_;
-  next_edges() = std::move(weight_edges_);
+  product_.release_input_half(whole(), weight_edges());
+  StandInNode::begin_weight_half();
 }
-
-bool SplitNode::has_hooks() const { return !whole_->tensor_pre_hooks().empty() || !whole_->pre_hooks().empty(); }
 
 KeepNode::KeepNode(uint64_t sequence_nr, edge_list weight_edges)
     : HalfNode(sequence_nr), weight_edges_(std::move(weight_edges)) {

@@ -42,34 +42,49 @@ class HalfNode : public torch::autograd::Node {
   torch::autograd::edge_list own_paths_;  // where next_edges has an invalid one
 };
 
+/// Replaces a node in the graph, because the engine would release the node after I, and runs it. In I its edges are the
+/// input-side ones of the node, in W the weight-side ones; those of the other side are invalid.
+class StandInNode : public HalfNode {
+ public:
+  StandInNode(NodePointer whole, torch::autograd::edge_list input_edges, torch::autograd::edge_list weight_edges);
+
+  std::string name() const override;
+  void begin_weight_half() override;
+
+  bool has_hooks() const;
+
+ protected:
+  torch::autograd::Node& whole() const { return *whole_; }
+  bool in_weight_half() const { return in_weight_half_; }
+  /// In I.
+  const torch::autograd::edge_list& weight_edges() const { return weight_edges_; }
+
+ private:
+  const NodePointer whole_;
+  torch::autograd::edge_list weight_edges_;
+  bool in_weight_half_ = false;
+};
+
 /// Runs a node of which each half is a product of its own (matrix products, convolutions) twice: for the input side
-/// in I, for the weight side in W. It replaces the node in the graph, because the engine would release the node after
-/// I.
+/// in I, for the weight side in W.
 ///
 ///        parent                      parent                      W's start
 ///          |                            |                            |
 ///        Addmm        I:  SplitNode(Addmm -> x)        W:  SplitNode(Addmm -> w)
 ///        /    \                  |                                       |
 ///       x      w                 x                                       w
-class SplitNode final : public HalfNode {
+class SplitNode final : public StandInNode {
  public:
-  SplitNode(NodePointer whole, const WeightProduct& product, torch::autograd::edge_list input_edges,
-            torch::autograd::edge_list weight_edges);
+  SplitNode(NodePointer whole, torch::autograd::edge_list input_edges, torch::autograd::edge_list weight_edges,
+            const WeightProduct& product);
 
   torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override;
   void release_variables() override;
-  std::string name() const override;
   void begin_weight_half() override;
 
-  bool has_hooks() const;
-  torch::autograd::Node* whole() const { return whole_.get(); }
-
  private:
-  const NodePointer whole_;
   const WeightProduct& product_;
-  torch::autograd::edge_list weight_edges_;
   torch::autograd::variable_list gradients_;
-  bool in_weight_half_ = false;
 };
 
 /// Keeps the weight-side gradients of a node that runs whole in I, and hands them on in W.

@@ -11,6 +11,7 @@ from pp_runtime.running.agreement import (
     remember_group,
 )
 from pp_runtime.running.communicators import MakesCommunicator, register_communicator
+from pp_runtime.running.compiled import compile_backend, compile_module
 from pp_runtime.running.data_parallel import DataParallelAdapter, Wrapped
 from pp_runtime.running.gradients import (
     PipelineGradScaler,
@@ -86,6 +87,8 @@ __all__ = [
     "check_rows",
     "checked_deadline",
     "clip_grad_norm_",
+    "compile_backend",
+    "compile_module",
     "concatenate_dtensors",
     "construct_reverse_graph",
     "default_deadline",

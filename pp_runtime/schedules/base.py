@@ -118,14 +118,29 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitia
             return None
         return self._merge_outputs(last_stage.output_chunks)
 
-    def eval(self, *args: Any, target: Any = None, losses: list | None = None, **kwargs: Any) -> Any:
+    def eval(
+        self,
+        *args: Any,
+        target: Any = None,
+        losses: list | None = None,
+        arg_mbs: list[tuple] | None = None,
+        kwarg_mbs: list[dict] | None = None,
+        target_mbs: list | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Run one batch forward only. Arguments and result are those of ``step``; the target may be left out."""
         has_backward = self._has_backward
         self._has_backward = False
+        microbatches = {"arg_mbs": arg_mbs, "kwarg_mbs": kwarg_mbs, "target_mbs": target_mbs}
         try:
-            return self.step(*args, target=target, losses=losses, **kwargs)
+            return self.step(*args, target=target, losses=losses, **microbatches, **kwargs)  # type: ignore[arg-type]
         finally:
             self._has_backward = has_backward
+
+    def compile_stages(self, **options: Any) -> None:
+        """Compile every stage of this rank in place, each as ``PipelineStage.compile`` does with these options."""
+        for stage in self._stages:
+            stage.compile(**options)
 
     def _step_microbatches(
         self,

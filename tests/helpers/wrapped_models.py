@@ -120,8 +120,13 @@ def whole(value: Any) -> Any:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def compare_with_plain(rank: int, schedule_name: str, kind: str, scaling: str) -> list[str]:
-    """Train: a scaled step and one that accumulates onto it, or a summed one; what differs from the plain model."""
+def compare_with_plain(
+    rank: int, schedule_name: str, kind: str, scaling: str, prepare: Callable[[nn.Module], object] | None = None
+) -> list[str]:
+    """Train: a scaled step and one that accumulates onto it, or a summed one; what differs from the plain model.
+
+    ``prepare`` is called with each of the pipeline's modules before it is wrapped.
+    """
     wrap, (data, tensor), when = (KINDS | ON_8_RANKS)[kind]
     mesh = dist.init_device_mesh("cpu", (2, data, tensor), mesh_dim_names=("pipeline", "data", "tensor"))
     place, replica, _ = mesh.get_coordinate()
@@ -130,6 +135,8 @@ def compare_with_plain(rank: int, schedule_name: str, kind: str, scaling: str) -
     torch.manual_seed(1)
     plain = [Part(norm=kind != "TP, DTensors between") for _ in range(num_stages)]
     piped = {index: copy.deepcopy(plain[index]) for index in held_by(place, schedule_name, 2, stages_per_rank)}
+    for module in piped.values() if prepare is not None else ():
+        prepare(module)
     if wrap is not None and when == "before":
         piped = {index: wrap(module, mesh) for index, module in piped.items()}
     stages = make_stages(piped, num_stages, mesh["pipeline"].get_group())

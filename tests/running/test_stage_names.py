@@ -64,10 +64,15 @@ def test_a_failed_step_ends_too() -> None:
         schedule._stage.get_fwd_recv_ops(0)
 
 
+SINCE_2_14 = {"_pre_metadata_inference_backup"}
+
+
 @pytest.mark.parametrize("name", _WITHOUT_COUNTERPART)
 def test_what_has_no_counterpart_is_refused_in_a_sentence(name: str) -> None:
-    assert hasattr(torch_stage._PipelineStageBase, name) or any(
-        hasattr(kind, name) for kind in (torch_stage.PipelineStage, torch_stage._PipelineStage)
+    assert (
+        (name in SINCE_2_14 and torch.__version__ < "2.14")
+        or hasattr(torch_stage._PipelineStageBase, name)
+        or any(hasattr(kind, name) for kind in (torch_stage.PipelineStage, torch_stage._PipelineStage))
     )
     with pytest.raises(PipelineUsageError, match=rf"has no {name}\(\): \w+ .* \w+"):
         getattr(FakeStage(0, 1), name)(1, two=2)

@@ -91,6 +91,7 @@ _WITHOUT_COUNTERPART = {
     "_forward_metadata_inference": _INFERENCE,
     "_ones_from_metadata": _INFERENCE,
     "_post_metadata_inference_cleanup": _INFERENCE,
+    "_pre_metadata_inference_backup": _INFERENCE,
     "_to_tensor": _INFERENCE,
     "_validate_inferred_metadata": _INFERENCE,
     "_validate_stage_tensors": _INFERENCE,
