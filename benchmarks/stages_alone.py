@@ -60,6 +60,13 @@ class StagesAlone:
         """The same with I and W as pp_runtime splits them."""
         return {i: self._with(i, self._of(i, "split I"), self._of(i, "split W")) for i in self._modules}
 
+    def sample_as_run(self) -> None:
+        """Time every action of a step as pp_runtime runs it, and nothing else."""
+        self._run_split()
+
+    def times_as_run(self) -> dict[int, dict[str, float]]:
+        return {i: {kind: self._of(i, f"split {kind}") for kind in "FIWB"} for i in self._modules}
+
     def _with(self, i: int, inputs: float, weights: float) -> dict[str, float]:
         return {"F": self._of(i, "F"), "B": self._of(i, "B"), "I": inputs, "W": weights}
 
@@ -81,9 +88,11 @@ class StagesAlone:
         halves: dict[tuple[Any, Any], Any] = {}
         for kind, i, microbatch in self._actions:
             if kind is FORWARD:
-                outputs[i, microbatch] = self._forward(i)
+                outputs[i, microbatch] = self._timed(i, "split F", self._forward, i)
             elif kind is FULL_BACKWARD:
-                torch.autograd.backward(outputs.pop((i, microbatch)), self._gradients[i])
+                output = outputs.pop((i, microbatch))
+                self._timed(i, "split B", torch.autograd.backward, output, self._gradients[i])
+                del output
             elif kind is BACKWARD_INPUT and i > 0:
                 roots = ([outputs.pop((i, microbatch))], [self._gradients[i]], [self._inputs[i]])
                 halves[i, microbatch] = self._timed(i, "split I", _C.input_backward, *roots)[1]

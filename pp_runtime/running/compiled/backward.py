@@ -5,9 +5,10 @@ How a schedule asks is in ``requests``.
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch
 from torch import fx
 from torch._dynamo.convert_frame import compile_lock
 from torch._guards import CompileContext, TracingContext, compile_context, tracing
-from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pp_runtime.running.compiled.graph_cut import CannotCut, Cut, copied, cut, results_of
 from pp_runtime.running.compiled.operations import is_tensor
+from pp_runtime.running.compiled.places import Places
 from pp_runtime.running.compiled.requests import take_request
 
 logger = logging.getLogger(__name__)
@@ -45,8 +47,11 @@ class SplittableBackward:
         self._arguments = tuple(arguments)
         self._compile_whole, self._compile_half = compile_whole, compile_half
         self._contexts = TracingContext.try_get(), CompileContext.try_get()
+        # Of a region that DDP's optimizer broke into several graphs, the context is one, and what it says the last's.
+        self._metadata = None if self._contexts[0] is None else self._contexts[0].fw_metadata
         self._whole: Callable[[list[Any]], Any] | None = None
         self._halves: dict[frozenset[int], Halves | None] = {}
+        self._places: dict[tuple[bool, ...], Places] = {}
         self._lock = threading.RLock()
         placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
         results = results_of(graph.graph)
@@ -73,7 +78,8 @@ class SplittableBackward:
         with self._lock:
             if self._whole is None:
                 # The compiler may change the graph, which the cut still needs.
-                self._whole = self.compile(self._compile_whole, copied(self._graph), self._arguments)
+                graph = copied(self._graph)
+                self._whole = self._compile(self._compile_whole, graph, self._arguments, self._metadata)
             return self._whole
 
     def halves(self, weight_results: frozenset[int]) -> Halves | None:
@@ -91,41 +97,38 @@ class SplittableBackward:
 
     def _parameters(self) -> list[int]:
         """The arguments that live beyond the step: parameters and buffers of the module that was compiled."""
-        context = self._contexts[0]
-        static = () if context is None or context.fw_metadata is None else context.fw_metadata.static_input_indices
+        static = () if self._metadata is None else self._metadata.static_input_indices
         names = {f"primals_{1 + index}" for index in static or ()}
         placeholders = (node for node in self._graph.graph.nodes if node.op == "placeholder")
         return [number for number, node in enumerate(placeholders) if node.name in names]
 
-    def compile(self, how: Compile, graph: fx.GraphModule, arguments: Sequence[Any]) -> Callable[[list[Any]], Any]:
+    def _compile(
+        self, how: Compile, graph: fx.GraphModule, arguments: Sequence[Any], metadata: Any
+    ) -> Callable[[list[Any]], Any]:
         """As torch compiles a backward that it comes to late: under what was known when it was traced."""
         tracing_context, compiling_context = self._contexts
         with ExitStack() as contexts:
-            if tracing_context is not None:
-                contexts.enter_context(tracing(tracing_context))
+            contexts.enter_context(compile_lock)
+            contexts.enter_context(torch._C._DisableAutocast())
             if compiling_context is not None:
                 contexts.enter_context(compile_context(compiling_context))
-            contexts.enter_context(torch._C._DisableAutocast())
-            contexts.enter_context(compile_lock)
+            if tracing_context is not None:
+                contexts.enter_context(tracing(tracing_context))
+                contexts.callback(setattr, tracing_context, "fw_metadata", tracing_context.fw_metadata)
+                tracing_context.fw_metadata = metadata
             return _boxed(how(graph, list(arguments)))
 
     def compile_half(self, graph: fx.GraphModule, arguments: Sequence[Any]) -> Callable[[list[Any]], Any]:
         """Raises CannotCut where the compiler assumes something of a size that the forward did not ask for."""
-        tracing_context = self._contexts[0]
-        metadata = None if tracing_context is None else tracing_context.fw_metadata
-        donated = getattr(metadata, "bw_donated_idxs", None)
-        if donated is not None:
-            # Numbers of the whole graph's arguments, which it may overwrite. A half may overwrite none.
-            metadata.bw_donated_idxs = []  # type: ignore[union-attr]
-        try:
-            before = self._assumptions()
-            compiled = self.compile(self._compile_half, graph, arguments)
-            if self._assumptions() != before:
-                raise CannotCut("its halves would hold for some sizes only")
-            return compiled
-        finally:
-            if donated is not None:
-                metadata.bw_donated_idxs = donated  # type: ignore[union-attr]
+        metadata = copy.copy(self._metadata)
+        if metadata is not None:
+            # The arguments of the whole graph, by number, that it may overwrite. A half may overwrite none.
+            metadata.bw_donated_idxs = []
+        before = self._assumptions()
+        compiled = self._compile(self._compile_half, graph, arguments, metadata)
+        if self._assumptions() != before:
+            raise CannotCut("its halves would hold for some sizes only")
+        return compiled
 
     def _assumptions(self) -> object:
         mode = None if self._contexts[0] is None else self._contexts[0].fake_mode
@@ -137,23 +140,14 @@ class SplittableBackward:
     def example(self, argument: int) -> Any:
         return self._arguments[argument]
 
-    def results_in(self, outputs: Iterable[Any]) -> Iterator[int]:
-        """The numbers of the graph's results whose stand-ins these outputs of the node are, or hold."""
-        for output in outputs:
-            if (number := self._number_of.get(id(output))) is not None:
-                yield number
-            elif is_traceable_wrapper_subclass(output):
-                yield from self.results_in(getattr(output, name) for name in output.__tensor_flatten__()[0])
-
-    def in_place_of(self, output: Any, results: Sequence[Any]) -> Any:
-        """The output with results in place of their stand-ins."""
-        if (number := self._number_of.get(id(output))) is not None:
-            return results[number]
-        if not is_traceable_wrapper_subclass(output):
-            return output
-        names, context = output.__tensor_flatten__()
-        inner = {name: self.in_place_of(getattr(output, name), results) for name in names}
-        return type(output).__tensor_unflatten__(inner, context, output.shape, output.stride())
+    def places(self, outputs: Sequence[Any], on_weight_side: tuple[bool, ...]) -> Places:
+        """Where the results go, by what the node made of their stand-ins."""
+        found = self._places.get(on_weight_side)
+        if found is None:
+            found = Places(outputs, on_weight_side, self._number_of)
+            if found.plain:
+                self._places[on_weight_side] = found
+        return found
 
     def __repr__(self) -> str:
         context = self._contexts[1]

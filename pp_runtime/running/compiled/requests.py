@@ -10,10 +10,12 @@ dW when it is asked. A backward of another backend does not answer: it has run w
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+
+from pp_runtime.running.compiled.places import Places
 
 _asking = threading.local()
 
@@ -37,9 +39,7 @@ class Answering(Protocol):
 
     def halves(self, weight_results: frozenset[int]) -> RunsHalves | None: ...
 
-    def results_in(self, outputs: Iterable[Any]) -> Iterator[int]: ...
-
-    def in_place_of(self, output: Any, results: Sequence[Any]) -> Any: ...
+    def places(self, outputs: Sequence[Any], on_weight_side: tuple[bool, ...]) -> Places: ...
 
 
 class Request:
@@ -48,7 +48,7 @@ class Request:
     def __init__(self) -> None:
         self._backward: Answering | None = None
         self._arguments: list[Any] = []
-        self._outputs: list[Any] = []
+        self._places: Places | None = None
         self._results: list[Any] = []
         self._halves: RunsHalves | None = None
         self._kept: list[Any] = []
@@ -67,32 +67,30 @@ class Request:
 
     def input_gradients(self, outputs: list[Any], on_weight_side: Sequence[bool]) -> list[Any]:
         """I. ``outputs`` is what the node returned: gradients, or stand-ins where its backward answered."""
-        self._outputs = [output if later else None for output, later in zip(outputs, on_weight_side, strict=True)]
-        wanted = [None if later else output for output, later in zip(outputs, on_weight_side, strict=True)]
         backward = self._backward
         if backward is None:
-            return wanted
-        weight_results = frozenset(backward.results_in(self._outputs))
+            self._results = [output if later else None for output, later in zip(outputs, on_weight_side, strict=True)]
+            return [None if later else output for output, later in zip(outputs, on_weight_side, strict=True)]
+        self._places = places = backward.places(outputs, tuple(on_weight_side))
         results: list[Any] = [None] * len(backward.stand_ins)
         with torch._C._DisableAutocast():
-            self._halves = backward.halves(weight_results)
+            self._halves = backward.halves(places.weight_results)
             if self._halves is None:
                 results[:] = backward.whole()(self._arguments)
                 self._arguments.clear()
             else:
                 self._kept = self._halves.run_input_half(self._arguments, results)
-                self._versions = _versions(self._kept)
-        gradients = [backward.in_place_of(output, results) for output in wanted]
-        self._results = [result if i in weight_results else None for i, result in enumerate(results)]
+                self._versions = self._kept_versions()
+        gradients = places.input_gradients(results)
+        self._results = [result if i in places.weight_results else None for i, result in enumerate(results)]
         return gradients
 
     def weight_gradients(self) -> list[Any]:
         """W."""
-        backward, outputs = self._backward, self._outputs
-        if backward is None:
-            return outputs
+        if self._places is None:
+            return self._results
         if self._halves is not None:
-            if _versions(self._kept) != self._versions:
+            if self._kept_versions() != self._versions:
                 raise RuntimeError(
                     "One of the tensors that the weight gradients of a compiled region are computed from was changed "
                     "in place between I and W of its microbatch: change a copy of it, or do so after the step."
@@ -100,13 +98,12 @@ class Request:
             kept, self._kept = self._kept, []
             with torch._C._DisableAutocast():
                 self._halves.run_weight_half(kept, self._results)
-        return [backward.in_place_of(output, self._results) for output in outputs]
+        return self._places.weight_gradients(self._results)
+
+    def _kept_versions(self) -> list[int]:
+        return [value._version for value in self._kept if isinstance(value, torch.Tensor)]
 
 
 def take_request() -> Request | None:
     request, _asking.request = getattr(_asking, "request", None), None
     return request
-
-
-def _versions(values: Iterable[Any]) -> list[int]:
-    return [value._version for value in values if isinstance(value, torch.Tensor) and not value.is_inference()]
