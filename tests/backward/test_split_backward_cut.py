@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo
 from torch import Tensor, nn
+from torch._guards import TracingContext
 from torch.utils.flop_counter import FlopCounterMode
 
 from pp_runtime._backward import stage_backward_input, stage_backward_weight
@@ -344,10 +345,28 @@ def test_compilers_that_are_not_known_and_options_of_another_are_refused() -> No
         compiled(Layers, {"compiler": "aot_eager", "max_autotune": True})(random(4, WIDTH))
 
 
-def test_inductor_compiles_the_halves_too(logged: Callable[[], list[str]]) -> None:
-    model, plain = compiled(Layers, {}), Layers()
-    plain.load_state_dict(model.state_dict())
+def test_a_half_may_not_overwrite_its_arguments() -> None:
+    donated: dict[bool, list[int]] = {}
+
+    def compile_graph(graph: torch.fx.GraphModule, _: Any) -> Any:
+        is_half = any(node.name.startswith("half_") for node in graph.graph.nodes)
+        metadata = TracingContext.get().fw_metadata
+        donated[is_half] = metadata.bw_donated_idxs
+        return graph.forward
+
+    model = compiled(Layers, {"compiler": compile_graph})
     inputs = (random(4, WIDTH),)
+    split(model, inputs)
+    whole(model, inputs)
+    assert donated[True] == [] and donated[False], donated
+
+
+# The second is laid out with channels last where it is compiled, and so is what dI keeps for dW.
+@pytest.mark.parametrize("name", ["many norms", "convolutions"])
+def test_inductor_compiles_the_halves_too(name: str, logged: Callable[[], list[str]]) -> None:
+    kind, inputs_of = CUT[name]
+    model, plain, inputs = compiled(kind, {}), kind(), inputs_of()
+    plain.load_state_dict(model.state_dict())
     for run in (split, whole, split):
         assert_same(whole(plain, inputs), run(model, inputs), exact=False)
     assert ["is cut" in line for line in logged()] == [True]

@@ -118,17 +118,31 @@ class SplittableBackward:
                 tracing_context.fw_metadata = metadata
             return _boxed(how(graph, list(arguments)))
 
-    def compile_half(self, graph: fx.GraphModule, arguments: Sequence[Any]) -> Callable[[list[Any]], Any]:
-        """Raises CannotCut where the compiler assumes something of a size that the forward did not ask for."""
+    def compile_half(
+        self, graph: fx.GraphModule, arguments: Sequence[Any]
+    ) -> tuple[Callable[[list[Any]], Any], Sequence[Any]]:
+        """The half, and the strides of its results where the compiler chooses those itself.
+
+        Raises CannotCut where the compiler assumes something of a size that the forward did not ask for.
+        """
         metadata = copy.copy(self._metadata)
         if metadata is not None:
             # The arguments of the whole graph, by number, that it may overwrite. A half may overwrite none.
             metadata.bw_donated_idxs = []
         before = self._assumptions()
-        compiled = self._compile(self._compile_half, graph, arguments, metadata)
+        strides: Sequence[Any] = ()
+
+        def compile_half(graph: fx.GraphModule, arguments: Sequence[Any]) -> Callable[..., Any]:
+            nonlocal strides
+            with TracingContext.report_output_strides() as reported:
+                compiled = self._compile_half(graph, arguments)
+            strides = reported or ()
+            return compiled
+
+        compiled = self._compile(compile_half, graph, arguments, metadata)
         if self._assumptions() != before:
             raise CannotCut("its halves would hold for some sizes only")
-        return compiled
+        return compiled, strides
 
     def _assumptions(self) -> object:
         mode = None if self._contexts[0] is None else self._contexts[0].fake_mode
@@ -169,6 +183,13 @@ def _stand_in(value: torch.Tensor) -> torch.Tensor:
     return one.expand(value.shape) if all(isinstance(size, int) for size in value.shape) else one.expand(0)
 
 
+def _laid_out(value: Any, stride: tuple[Any, ...] | None) -> Any:
+    """A value to compile for, with the stride that the compiler gave it where it is made."""
+    if stride is None or not isinstance(value, torch.Tensor) or tuple(value.stride()) == tuple(stride):
+        return value
+    return value.as_strided(value.size(), stride)
+
+
 class Halves:
     """dI and dW of one cut."""
 
@@ -178,11 +199,14 @@ class Halves:
         placeholders = [node for node in made.input_half.graph.nodes if node.op == "placeholder"]
         examples = [backward.example(argument) for argument in made.input_arguments]
         assert len(placeholders) == len(examples)
-        self._input_half = backward.compile_half(made.input_half, examples)
+        self._input_half, strides = backward.compile_half(made.input_half, examples)
         given = [node for node in made.weight_half.graph.nodes if node.op == "placeholder"]
         values = [node.meta["val"] for node in given[len(made.weight_arguments) :]]
+        if strides:
+            laid_out = strides[len(made.input_results) + len(made.ready_results) :]
+            values = [_laid_out(value, stride) for value, stride in zip(values, laid_out, strict=True)]
         examples = [backward.example(argument) for argument in made.weight_arguments] + values
-        self._weight_half = backward.compile_half(made.weight_half, examples)
+        self._weight_half, _ = backward.compile_half(made.weight_half, examples)
 
     def run_input_half(self, arguments: list[Any], results: list[Any]) -> list[Any]:
         """Fill in the results that I makes; returns what dW takes. Empties the arguments."""
