@@ -8,7 +8,7 @@ from pp_runtime.orders.catalogue import ORDERS, build_order
 from pp_runtime.orders.edges import Edge
 from pp_runtime.orders.ir import Action
 from pp_runtime.planning.passes.communication import insert_communication
-from pp_runtime.planning.passes.credits import channel_limits, peak_messages
+from pp_runtime.planning.passes.credits import _Run, channel_limits, peak_messages
 from tests.helpers.random_orders import settings_and_orders
 
 
@@ -145,3 +145,24 @@ def test_the_sender_that_would_wait_longest_may_be_ahead():
     limits = channel_limits(insert_communication(order, placement), placement)
     # Rank 0 runs stage 0 on every microbatch before it takes the first activation for stage 2; the others keep pace.
     assert [limits[Edge(stage, stage + 1), False].ahead for stage in range(3)] == [1, 6, 1]
+
+
+@mark.parametrize(
+    ("name", "pile", "room"), [("LoopedBFS", 16, 17), ("Interleaved1F1B", 5, 6), ("InterleavedZeroBubble", 8, 9)]
+)
+def test_gradients_for_a_rank_that_is_still_busy_with_a_later_stage_have_room_to_pile_up(name, pile, room):
+    order, placement = build_order(name, 16, 32, 32)
+    limits = channel_limits(insert_communication(order, placement), placement)
+    around = limits[Edge(15, 16), True]
+    assert (around.ahead, around.room) == (pile, room)
+
+
+@mark.parametrize("name", ["GPipe", "1F1B", "ZB1P", "ZBVZeroBubble", "DualPipeV", "VHalf", "VMin"])
+def test_where_nothing_piles_up_no_channel_has_more_room_than_its_receiver_needs(name):
+    stages = 8 * (ORDERS[name].stages_per_rank_allowed or (1,))[0]
+    order, placement = build_order(name, 8, stages, 16)
+    order = insert_communication(order, placement)
+    limits = channel_limits(order, placement)
+    least = _Run(order, placement, None)
+    least.to_the_end()
+    assert [(limit.room, limit.ahead) for limit in limits.values()] == list(zip(least.room, least.ahead, strict=True))

@@ -6,8 +6,9 @@ or I. A sender without room waits. The least room is what is alive at once at th
 room would wait for each other, there is more, until none do.
 
 A sender also waits while it is as far ahead of what the receiver has taken as it may be. Mostly one message will do, so
-that a channel fills no more room than its receiver really holds; it is more only where ranks would wait for each other,
-as in LoopedBFS, whose receiver is bound to do something else first.
+that a channel fills no more room than its receiver really holds; it is more where ranks would wait for each other, and
+where messages pile up even in a step in which nobody waits for room, by more than the next one: in looped orders, where
+a rank gets gradients for one stage while it still works on a later one.
 """
 
 from __future__ import annotations
@@ -46,12 +47,13 @@ class Limits:
 def channel_limits(
     order_with_comms: Order, placement: Placement, edges: Iterable[Edge] | None = None
 ) -> dict[ChannelKey, Limits]:
-    """For each channel between two ranks, the least limits with which no rank waits for ever.
+    """For each channel between two ranks, limits with which no rank waits for ever, nor long for a pile to be taken.
 
     What `peak_messages` says of the room holds for both limits together.
     """
     run = _Run(order_with_comms, placement, edges)
     run.to_the_end()
+    run.give_room_for_piles()
     return {key: Limits(run.room[number], run.ahead[number]) for number, key in enumerate(run.keys)}
 
 
@@ -84,7 +86,9 @@ class _Run:
         self.sent, self.received, self.freed = [0] * len(self.keys), [0] * len(self.into), [0] * len(self.into)
         peaks = [1] * (2 * stages)
         happens = self._what_happens(stages)
-        self.steps = {rank: _steps(actions, happens, peaks) for rank, actions in order.items()}
+        found = {rank: _steps(actions, happens, peaks) for rank, actions in order.items()}
+        self.steps = {rank: steps for rank, (steps, _) in found.items()}
+        self.work = {rank: work for rank, (_, work) in found.items()}
         self.room = [peaks[row] for row in self.row_of]
         self.ahead = [1] * len(self.keys)
 
@@ -156,6 +160,51 @@ class _Run:
             place[rank] = position
             waiting[blocked[0]] = rank
 
+    def give_room_for_piles(self) -> None:
+        """Raise the limits of channels in which more messages lie untaken, were there room, than may, and one."""
+        sent_at, received_at, freed_at = self._moments()
+        for channel, row in enumerate(self.row_of):
+            pile = _most_between(sent_at[channel], received_at[row])
+            if pile > self.ahead[channel] + 1:
+                self.ahead[channel] = pile
+                self.room[channel] = max(self.room[channel], _most_between(sent_at[channel], freed_at[row]))
+
+    def _moments(self) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+        """When each message is sent (by channel), received and freed (by row) in a step with endless room.
+
+        F, I and W take one unit of time, B two, messages none.
+        """
+        sent_at: list[list[int]] = [[] for _ in self.keys]
+        received_at: list[list[int]] = [[] for _ in self.into]
+        freed_at: list[list[int]] = [[] for _ in self.into]
+        place, clock = dict.fromkeys(self.steps, 0), dict.fromkeys(self.steps, 0)
+        waiting: dict[int, int] = {}  # channel -> the rank that waits for a message in it
+        ready = list(self.steps)
+        while ready:
+            rank = ready.pop()
+            steps, work, now = self.steps[rank], self.work[rank], clock[rank]
+            for position in range(place[rank], len(steps)):
+                row, what = divmod(steps[position], 3)
+                if what == _Run._RECEIVE:
+                    number = len(received_at[row])
+                    missing = [channel for channel in self.into[row] if len(sent_at[channel]) <= number]
+                    if missing:
+                        place[rank], clock[rank] = position, now
+                        waiting[missing[0]] = rank
+                        break
+                    now = max(now + work[position], *(sent_at[channel][number] for channel in self.into[row]))
+                    received_at[row].append(now)
+                    continue
+                now += work[position]
+                if what == _Run._FREE:
+                    freed_at[row].append(now)
+                    continue
+                for channel in self.out_of[row]:
+                    sent_at[channel].append(now)
+                    if channel in waiting:
+                        ready.append(waiting.pop(channel))
+        return sent_at, received_at, freed_at
+
     def _give_room(self, place: dict[int, int], waiting: dict[int, int]) -> int:
         senders = [c for c, rank in waiting.items() if self.steps[rank][place[rank]] % 3 == _Run._SEND]
         # Whose receiver has most to do before it takes the message would wait longest.
@@ -190,18 +239,36 @@ class _Run:
         return takes
 
 
+_WORK = {ir.FORWARD: 1, ir.FULL_BACKWARD: 2, ir.BACKWARD_INPUT: 1, ir.BACKWARD_WEIGHT: 1}
+
+
+def _most_between(begins: Sequence[int], ends: Sequence[int]) -> int:
+    """Of messages that lie from one moment to another, both in the messages' sequence, the most that lie at once."""
+    most = ended = 0
+    for number, begin in enumerate(begins):
+        while ended < len(ends) and ends[ended] <= begin:
+            ended += 1
+        most = max(most, number + 1 - ended)
+    return most
+
+
 def _steps(
     actions: Sequence[Action], happens: Mapping[ActionType, Sequence[tuple[int, ...]]], peaks: list[int]
-) -> list[int]:
-    """A rank's actions as steps; raises each row's peak to the most messages alive at once on this rank."""
+) -> tuple[list[int], list[int]]:
+    """A rank's actions as steps, and the work before each; raises rows' peaks to the most messages alive at once."""
     result: list[int] = []
+    work: list[int] = []
     alive = [0] * len(peaks)
+    to_do = 0
     for action in actions:
         for stage, kind, _, _ in action[3] or (action,):
             if kind not in happens:
                 continue
+            to_do += _WORK.get(kind, 0)
             for step in happens[kind][stage]:
                 result.append(step)
+                work.append(to_do)
+                to_do = 0
                 row, what = divmod(step, 3)
                 if what == _Run._RECEIVE:
                     alive[row] += 1
@@ -209,4 +276,4 @@ def _steps(
                         peaks[row] = alive[row]
                 elif what == _Run._FREE:
                     alive[row] -= 1
-    return result
+    return result, work
