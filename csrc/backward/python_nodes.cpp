@@ -39,11 +39,16 @@ variable_list tensors_of(const py::list& list) {
   return tensors;
 }
 
+/// Kept for ever: looking a module up takes as long as all else that a request needs.
+const py::object& request_class() {
+  static const auto* kRequest =
+      new py::object(py::module_::import("pp_runtime.running.compiled.requests").attr("Request"));
+  return *kRequest;
+}
+
 class PythonHalves final : public CompiledHalves {
  public:
-  PythonHalves() : request_(py::module_::import("pp_runtime.running.compiled.requests").attr("Request")()) {
-    request_.attr("open")();
-  }
+  PythonHalves() : request_(request_class()()) { request_.attr("open")(); }
 
   ~PythonHalves() override {
     py::gil_scoped_acquire gil;
