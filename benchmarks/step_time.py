@@ -87,7 +87,15 @@ SIZES = {
 class Pipeline:
     """One library's schedule over this rank's stages."""
 
-    def __init__(self, library: str, schedule: str, modules: dict[int, nn.Module], count: int, batch: Batch) -> None:
+    def __init__(
+        self,
+        library: str,
+        schedule: str,
+        modules: dict[int, nn.Module],
+        count: int,
+        batch: Batch,
+        loss_fn: Callable[..., torch.Tensor] = nn.functional.mse_loss,
+    ) -> None:
         if library == "ours":
             from pp_runtime import PipelineStage
             from pp_runtime.schedules import PipelineScheduleMulti, get_schedule_class
@@ -99,9 +107,7 @@ class Pipeline:
         stages = [PipelineStage(module, i, count, device, group=group) for i, module in modules.items()]
         schedule_class = get_schedule_class(schedule)
         takes_many = issubclass(schedule_class, PipelineScheduleMulti)
-        self._schedule = schedule_class(
-            stages if takes_many else stages[0], batch.microbatches, loss_fn=nn.functional.mse_loss
-        )
+        self._schedule = schedule_class(stages if takes_many else stages[0], batch.microbatches, loss_fn=loss_fn)
         self._args = (batch.x,) if 0 in modules else ()
         self._target = batch.y if count - 1 in modules else None
 

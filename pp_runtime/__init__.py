@@ -42,10 +42,20 @@ from pp_runtime.schedules import (  # noqa: E402
 from pp_runtime.stage import PipelineStage, build_stage  # noqa: E402
 
 if TYPE_CHECKING:
-    from pp_runtime.splitting import Pipe, SplitPoint, pipe_split, pipeline
+    from pp_runtime.splitting import (
+        Partition,
+        Pipe,
+        SplitPoint,
+        layer_costs,
+        partition,
+        pipe_split,
+        pipeline,
+        stages_of_rank,
+    )
 
 __all__ = [
     "InvalidOrderError",
+    "Partition",
     "Pipe",
     "PipelineError",
     "PipelineGradScaler",
@@ -69,16 +79,28 @@ __all__ = [
     "build_stage",
     "clip_grad_norm_",
     "get_schedule_class",
+    "layer_costs",
+    "partition",
     "pipe_split",
     "pipeline",
+    "stages_of_rank",
 ]
 
-# The tracer needs torch.distributed.pipelining, whose import takes a while; it is fetched when first used.
-_TRACING = ("Pipe", "SplitPoint", "pipe_split", "pipeline")
+# Splitting is fetched when first used: the tracer needs torch.distributed.pipelining, whose import takes a while.
+_SPLITTING = (
+    "Partition",
+    "Pipe",
+    "SplitPoint",
+    "layer_costs",
+    "partition",
+    "pipe_split",
+    "pipeline",
+    "stages_of_rank",
+)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _TRACING:
+    if name in _SPLITTING:
         from pp_runtime import splitting
 
         return getattr(splitting, name)

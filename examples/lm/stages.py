@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from pp_runtime import PipelineStage
+from pp_runtime import PipelineStage, partition, stages_of_rank
 from pp_runtime.orders.catalogue import ORDERS
-from pp_runtime.orders.placement import stages_of_rank
 
 from .model import LanguageModel, ModelConfig
 
@@ -47,10 +46,10 @@ def build_stages(rank: Rank, schedule: str, stages_per_rank: int | None, config:
     count = rank.count * stages_per_rank
     if count > config.layers:
         raise SystemExit(f"{config.layers} layers are too few for {count} stages; give --layers {count} or more.")
+    layers_of = partition([1.0] * config.layers, count).ranges
     stages = []
-    for index in stages_of_rank(spec.placement(rank.count, count), rank.index):
-        first, end = index * config.layers // count, (index + 1) * config.layers // count
-        module = LanguageModel(config, first, end)
+    for index in stages_of_rank(schedule, rank.index, rank.count, count):
+        module = LanguageModel(config, layers_of[index].start, layers_of[index].stop)
         module.initialise(seed=0, layers=config.layers)
         stages.append(PipelineStage(module.to(rank.device), index, count, rank.device))
     return stages

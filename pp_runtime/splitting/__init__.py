@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pp_runtime.splitting import tracing
+from pp_runtime.splitting.layer_costs import layer_costs
+from pp_runtime.splitting.partition import Partition, partition
+from pp_runtime.splitting.placement import stages_of_rank
 from pp_runtime.splitting.torch_package import torch_pipelining
 from pp_runtime.splitting.tracing import annotate_split_points, pipeline
 
@@ -12,11 +15,15 @@ if TYPE_CHECKING:
     from pp_runtime.splitting.tracing import Pipe, SplitPoint, pipe_split
 
 __all__ = [
+    "Partition",
     "Pipe",
     "SplitPoint",
     "annotate_split_points",
+    "layer_costs",
+    "partition",
     "pipe_split",
     "pipeline",
+    "stages_of_rank",
     "torch_pipelining",
 ]
 

@@ -1,0 +1,123 @@
+"""What each layer of a model costs: parameters, FLOPs, measured time, memory."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from pp_runtime.errors import PipelineUsageError
+
+
+def layer_costs(
+    layers: Iterable[nn.Module], by: str = "parameters", inputs: Sequence[Any] = (), *, repeats: int = 5
+) -> list[float]:
+    """The cost of each layer, for :func:`pp_runtime.partition`.
+
+    Args:
+        by: "parameters", their number; "flops", of a forward's products and attention, counted on the meta device, so
+            that nothing is computed; "time", the seconds of a forward and a backward, measured on the layers' device,
+            the median of ``repeats``; "memory", the bytes of parameters and gradients and of what one microbatch's
+            forward keeps for its backward.
+        inputs: of the first layer, a microbatch's, for all but parameters. What a layer returns, or the first of what
+            it returns, is the next one's first input; the others go to every layer.
+
+    Raises PipelineUsageError for another ``by``, and where inputs are needed and not given.
+    """
+    layers = list(layers)
+    measure = _MEASURES.get(by)
+    if measure is None:
+        raise PipelineUsageError(f"layers cost {', '.join(_MEASURES)}, not {by!r}")
+    if by == "parameters":
+        return [_parameters(layer) for layer in layers]
+    if not inputs:
+        raise PipelineUsageError(f"costs by {by} need the first layer's inputs: layer_costs(layers, {by!r}, (x,))")
+    costs = []
+    inputs = tuple(inputs)
+    for layer in layers:
+        cost, output = measure(layer, inputs, repeats)
+        costs.append(cost)
+        inputs = (_first(output), *inputs[1:])
+    return costs
+
+
+def _parameters(layer: nn.Module) -> float:
+    return float(sum(parameter.numel() for parameter in layer.parameters()))
+
+
+def _flops(layer: nn.Module, inputs: Sequence[Any], _: int) -> tuple[float, Any]:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    on_meta = copy.deepcopy(layer).to("meta")
+    moved = tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), tuple(inputs))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        output = on_meta(*moved)
+    return float(counter.get_total_flops()), output
+
+
+def _time(layer: nn.Module, inputs: Sequence[Any], repeats: int) -> tuple[float, Any]:
+    found = []
+    for _ in range(repeats + 1):  # the first warms up
+        begin = _now(inputs)
+        output = _run(layer, inputs)
+        _backward(output)
+        found.append(_now(inputs) - begin)
+    layer.zero_grad()
+    return statistics.median(found[1:]), output
+
+
+def _memory(layer: nn.Module, inputs: Sequence[Any], _: int) -> tuple[float, Any]:
+    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = _run(layer, inputs)
+    parameters = sum(parameter.numel() * parameter.element_size() for parameter in layer.parameters())
+    trained = sum(p.numel() * p.element_size() for p in layer.parameters() if p.requires_grad)
+    return float(parameters + trained + sum(kept.values())), output
+
+
+def _run(layer: nn.Module, inputs: Sequence[Any]) -> Any:
+    return layer(*tree_map_only(Tensor, _as_received, tuple(inputs)))
+
+
+def _as_received(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.is_floating_point() or tensor.is_complex())
+
+
+def _backward(output: Any) -> None:
+    roots = [part for part in tree_leaves(output) if isinstance(part, Tensor) and part.requires_grad]
+    if roots:
+        torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
+
+
+def _now(inputs: Sequence[Any]) -> float:
+    for part in tree_leaves(inputs):
+        if isinstance(part, Tensor) and part.device.type not in ("cpu", "meta"):
+            torch.accelerator.synchronize(part.device)
+    return time.perf_counter()
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+_Measure = Callable[[nn.Module, Sequence[Any], int], tuple[float, Any]]
+_MEASURES: dict[str, _Measure] = {
+    "parameters": lambda layer, inputs, _: (_parameters(layer), None),
+    "flops": _flops,
+    "time": _time,
+    "memory": _memory,
+}
