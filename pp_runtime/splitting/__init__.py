@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pp_runtime.splitting import tracing
 from pp_runtime.splitting.layer_costs import layer_costs
+from pp_runtime.splitting.layered import layer_modules, layer_stages
 from pp_runtime.splitting.partition import Partition, partition
 from pp_runtime.splitting.placement import stages_of_rank
 from pp_runtime.splitting.torch_package import torch_pipelining
@@ -20,6 +21,8 @@ __all__ = [
     "SplitPoint",
     "annotate_split_points",
     "layer_costs",
+    "layer_modules",
+    "layer_stages",
     "partition",
     "pipe_split",
     "pipeline",

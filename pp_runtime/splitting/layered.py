@@ -1,0 +1,295 @@
+"""Stages of a model whose layers stand in a row, without a tracer: the model itself, with what each does not run gone.
+
+    stage 0         the model's own forward up to the first layer of another stage; what that and all later layers
+                    would be given goes along
+    stage i         its layers, one after the other
+    the last        its layers, and the modules that the model calls after them
+
+Modules and parameters keep the model's names, so a checkpoint of the model fits the stages.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from pp_runtime.errors import PipelineUsageError
+from pp_runtime.splitting.rehearsal import Score, describe_given, first_of, given_names, rehearse
+from pp_runtime.stage import PipelineStage
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a layer is given beside the hidden state: positional inputs, of which that one is None, and keywords."""
+
+
+def layer_stages(
+    model: nn.Module,
+    sizes: Sequence[int],
+    stages: Sequence[int],
+    device: torch.device | str,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    layers: str | None = None,
+    group: dist.ProcessGroup | None = None,
+    parallelize: Callable[[nn.Module], nn.Module | None] | None = None,
+) -> list[PipelineStage]:
+    """The pipeline stages of a rank, cut out of a whole model whose layers stand in a list or dict.
+
+    Args:
+        model: on any device. It is run once, with ``args`` and ``kwargs``, to see how its values go; then each stage
+            gets a copy of its part, moved to ``device``.
+        sizes: how many layers each stage has, as :func:`pp_runtime.partition` gives them.
+        stages: the stages to make, as :func:`pp_runtime.stages_of_rank` gives them.
+        args, kwargs: an example of the model's inputs, of any batch size.
+        layers: the name of the container, if it is not the longest one.
+        parallelize: called with each stage's module, to wrap, shard or compile it; may return another.
+
+    The first stage takes the model's inputs, the same ones by name as in the example; the last one returns what the
+    model returns. Parameters that first and last stage share (an embedding and a head) are tied. Raises
+    PipelineUsageError, which says why, for a model that cannot be cut like this; :func:`pp_runtime.pipeline` traces
+    such models.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise PipelineUsageError(
+            "the model is on the meta device, where its parameters have no values: take layer_modules(), give each "
+            "module memory and weights (to_empty, load_state_dict), and make PipelineStages of them"
+        )
+    modules = layer_modules(model, sizes, stages, args, kwargs, layers=layers)
+    made = []
+    for index, (module, ties) in modules.items():
+        module = module.to(device)
+        module = (None if parallelize is None else parallelize(module)) or module
+        stage = PipelineStage(module, index, len(sizes), torch.device(device), group=group)
+        for name in ties:
+            stage.tie(name, name_of_tie(model, name))
+        made.append(stage)
+    return made
+
+
+def name_of_tie(model: nn.Module, name: str) -> str:
+    """The same label on each stage: the first name that the shared parameter has in the whole model."""
+    parameter = model.get_parameter(name)
+    return next(each for each, other in model.named_parameters() if other is parameter)
+
+
+def layer_modules(
+    model: nn.Module,
+    sizes: Sequence[int],
+    stages: Sequence[int],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    layers: str | None = None,
+) -> dict[int, tuple[nn.Module, list[str]]]:
+    """For each of the stages its module, and the names of its parameters that are tied. See :func:`layer_stages`."""
+    score = rehearse(model, args, kwargs or {}, layers)
+    sizes = list(sizes)
+    if sum(sizes) != len(score.names) or min(sizes, default=0) < 0:
+        raise PipelineUsageError(
+            f"the sizes {sizes} are those of {sum(sizes)} layers, and {score.layers} has {len(score.names)}"
+        )
+    if sizes[0] < 1 and len(sizes) > 1:
+        raise PipelineUsageError("the first stage needs a layer: what the layers are given is made there")
+    wrong = [index for index in stages if not 0 <= index < len(sizes)]
+    if wrong:
+        raise PipelineUsageError(f"there is no stage {wrong[0]}: the sizes are those of {len(sizes)} stages")
+    if len(sizes) == 1:
+        return {0: (model, [])} if stages else {}
+    ends = list(accumulate(sizes))
+    held = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    last = len(sizes) - 1
+    ends_of_model = _first_stage(model, score, held[0]), _later_stage(model, score, held[last], is_last=True)
+    shared = set(ends_of_model[0].parameters()) & set(ends_of_model[1].parameters())
+    made: dict[int, tuple[nn.Module, list[str]]] = {}
+    for index in stages:
+        module = (
+            _first_stage(model, score, held[0])
+            if index == 0
+            else _later_stage(model, score, held[index], is_last=index == last)
+        )
+        # Where both are on this rank they share the parameter itself.
+        apart = shared if not {0, last}.issubset(stages) else set()
+        made[index] = module, [name for name, parameter in module.named_parameters() if parameter in apart]
+    return made
+
+
+class _Left(Exception):
+    """The model's own forward has come to what other stages do."""
+
+    hidden: Tensor
+
+
+def _leave(layer: nn.Module, args: Any, output: Any) -> None:
+    """A hook of the last layer, where no other stage has one."""
+    left = _Left()
+    left.hidden = first_of(output)
+    raise left
+
+
+class _Recorder(nn.Module):
+    """Stands for a layer of another stage: notes what that would be given, and passes the hidden state on."""
+
+    def __init__(self, layer: nn.Module, score: Score, is_last: bool) -> None:
+        super().__init__()
+        # Models ask their layers for what they are, such as the kind of mask that they take.
+        self.__dict__.update({name: value for name, value in vars(layer).items() if name not in self.__dict__})
+        self._stands_for = type(layer)
+        self._score, self._is_last = score, is_last
+        self._calls: list[tuple[Tensor, Call]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(vars(self).get("_stands_for"), name, None)
+        return value if value is not None and not callable(value) else super().__getattr__(name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden, call = _taken_out(self._score, args, kwargs)
+        self._calls.append((hidden, call))
+        if self._is_last:
+            raise _Left
+        return (hidden,) if self._score.returns_tuple else hidden
+
+
+def _taken_out(score: Score, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    if isinstance(score.hidden, int):
+        return args[score.hidden], ((*args[: score.hidden], None, *args[score.hidden + 1 :]), kwargs)
+    return kwargs[score.hidden], (args, kwargs | {score.hidden: None})
+
+
+def _put_in(score: Score, hidden: Tensor, call: Call) -> Call:
+    args, kwargs = call
+    if isinstance(score.hidden, int):
+        return (*args[: score.hidden], hidden, *args[score.hidden + 1 :]), kwargs
+    return args, {**kwargs, score.hidden: hidden}
+
+
+class _First(nn.Module):
+    """In front of the model's own class: its forward, left where the first layer of another stage would be called."""
+
+    _recorders: list[_Recorder]
+    _score: Score
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        given = given_names(args, kwargs)
+        if given != self._score.given:
+            raise PipelineUsageError(
+                f"the stages were made for a model that is given {describe_given(self._score.given)}, and it is given "
+                f"{describe_given(given)}: what it does then was not seen. Make them with such an example"
+            )
+        for recorder in self._recorders:
+            recorder._calls = []
+        try:
+            super().forward(*args, **kwargs)
+        except _Left as left:
+            if not self._recorders:
+                return {"hidden": left.hidden, "variants": (), "which": ()}
+            return _message([recorder._calls.pop() for recorder in self._recorders])
+        raise PipelineUsageError("the model did not call all of its layers, as it did when the stages were made")
+
+
+def _message(calls: Sequence[tuple[Tensor, Call]]) -> dict[str, Any]:
+    """The hidden state, and for each layer to come which of the different calls it is given."""
+    numbers: dict[Any, int] = {}
+    variants: list[Call] = []
+    which = []
+    for _, call in calls:
+        leaves, structure = tree_flatten(call)
+        key = (structure, *(id(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves))
+        if key not in numbers:
+            numbers[key] = len(variants)
+            variants.append(call)
+        which.append(numbers[key])
+    return {"hidden": calls[0][0], "variants": tuple(variants), "which": tuple(which)}
+
+
+class _Later(nn.Module):
+    """In front of the model's own class: some of its layers, and where it is the last stage what comes after them."""
+
+    _score: Score
+    _held: range
+    _is_last: bool
+
+    def forward(self, message: dict[str, Any]) -> Any:
+        score, hidden, which = self._score, message["hidden"], message["which"]
+        for number, layer in zip(which, self._held, strict=False):
+            args, kwargs = _put_in(score, hidden, message["variants"][number])
+            hidden = first_of(self.get_submodule(f"{score.layers}.{score.names[layer]}")(*args, **kwargs))
+        if not self._is_last:
+            return {"hidden": hidden, "variants": message["variants"], "which": which[len(self._held) :]}
+        values = [hidden]
+        for name, value in score.tail.calls:
+            values.append(self.get_submodule(name)(values[value]))
+        leaves = [values[each] if isinstance(each, int) else each[0] for each in score.tail.results]
+        return tree_unflatten(leaves, score.tail.structure)
+
+
+def _first_stage(model: nn.Module, score: Score, held: range) -> nn.Module:
+    made = _skeleton(model, {})
+    container = made.get_submodule(score.layers)
+    recorders = []
+    for number in range(held.stop, len(score.names)):
+        name = score.names[number]
+        layer = container._modules[name]
+        assert layer is not None
+        recorders.append(_Recorder(layer, score, is_last=number == len(score.names) - 1))
+        container._modules[name] = recorders[-1]
+    if not recorders:
+        made.get_submodule(f"{score.layers}.{score.names[-1]}").register_forward_hook(_leave)
+    for name, _ in score.tail.calls:
+        if name not in score.before:
+            _take_out(made, name)
+    made.__class__ = type(f"First{type(model).__name__}", (_First, type(model)), {})
+    made._recorders, made._score = recorders, score  # type: ignore[assignment]
+    return made
+
+
+def _later_stage(model: nn.Module, score: Score, held: range, is_last: bool) -> nn.Module:
+    kept = {f"{score.layers}.{score.names[number]}" for number in held}
+    if is_last:
+        kept.update(name for name, _ in score.tail.calls)
+    made = _skeleton(model, {})
+    _keep_only(made, "", kept)
+    made.__class__ = type(f"Later{type(model).__name__}", (_Later, type(model)), {})
+    made._score, made._held, made._is_last = score, held, is_last  # type: ignore[assignment]
+    return made
+
+
+def _skeleton(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    """Modules of their own over the same parameters and buffers."""
+    if id(module) in made:
+        return made[id(module)]
+    copied = made[id(module)] = module.__class__.__new__(module.__class__)
+    copied.__dict__.update(
+        {name: copy.copy(value) if isinstance(value, dict) else value for name, value in vars(module).items()}
+    )
+    copied._modules = {
+        name: None if child is None else _skeleton(child, made) for name, child in module._modules.items()
+    }
+    return copied
+
+
+def _take_out(module: nn.Module, name: str) -> None:
+    parent, _, child = name.rpartition(".")
+    module.get_submodule(parent)._modules[child] = None
+
+
+def _keep_only(module: nn.Module, prefix: str, kept: set[str]) -> None:
+    """Take out every module that is not kept, in one that is kept, or on the way to one; and what shells hold."""
+    module._parameters.clear()
+    module._buffers.clear()
+    for name, child in list(module._modules.items()):
+        full = f"{prefix}{name}"
+        if full in kept or child is None:
+            continue
+        if any(each.startswith(f"{full}.") for each in kept):
+            _keep_only(child, f"{full}.", kept)
+        elif isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            del module._modules[name]
+        else:
+            module._modules[name] = None

@@ -1,0 +1,208 @@
+"""Stages of a model whose layers stand in a row: the unsplit model's outputs, gradients and names."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import pp_runtime
+from pp_runtime import layer_modules, layer_stages, partition, stages_of_rank
+from pp_runtime.errors import PipelineUsageError
+from pp_runtime.splitting.rehearsal import find_layers
+from tests.helpers import api, ranks
+from tests.helpers.layered_huggingface import LAYERS, MODELS, REFUSED, inputs_of
+from tests.helpers.pipelines import make_schedule
+
+pytestmark = api.ours_only("cuts only what it traced")
+WARM = "transformers.models.llama.modeling_llama transformers.models.gpt2.modeling_gpt2"
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def run_stages(stages: Sequence[nn.Module], *inputs: Any) -> Any:
+    value = stages[0](*inputs)
+    for stage in stages[1:]:
+        value = stage(value)
+    return value
+
+
+def assert_equal_to_the_model(model: nn.Module, stages: Sequence[nn.Module], *inputs: Any) -> None:
+    """The stages share the model's parameters."""
+    plain = copy.deepcopy(model)
+    expected, got = plain(*inputs), run_stages(stages, *inputs)
+    assert type(got) is type(expected)
+    for one, other in zip(tensors_of(got), tensors_of(expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    for value in (expected, got):
+        sum(tensor.pow(2).sum() for tensor in tensors_of(value)).backward()  # type: ignore[union-attr]
+    for (name, parameter), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (parameter.grad is None) == (other.grad is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, other.grad, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("sizes", [[2, 2, 1], [1, 4], [5, 0], [1, 1, 1, 1, 1]], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_stages_of_hugging_face_models_equal_the_model(name: str, sizes: list[int]) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    made = layer_modules(model, sizes, range(len(sizes)), (inputs_of(name, 1),))
+    stages = [module for module, _ in made.values()]
+    assert_equal_to_the_model(model, stages, inputs_of(name, 3))
+    whole = dict(model.named_parameters(remove_duplicate=False))
+    held = [dict(stage.named_parameters()) for stage in stages]
+    assert all(whole[key] is parameter for each in held for key, parameter in each.items())
+    assert {parameter for each in held for parameter in each.values()} == set(model.parameters())
+    container = f"{find_layers(model)[0]}."
+    layers = [{key.removeprefix(container).split(".")[0] for key in each if key.startswith(container)} for each in held]
+    assert [len(each) for each in layers] == sizes
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_computed_outside_of_modules_after_the_last_layer_is_refused(name: str) -> None:
+    with pytest.raises(PipelineUsageError, match=r"after the last layer outside of a module: split .* pipeline\(\)"):
+        layer_modules(REFUSED[name]().eval(), [3, 2], [0], (inputs_of(name, 1),))
+
+
+class Layer(nn.Module):
+    kind = "plain"
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, bias: Tensor, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        return torch.tanh(self.linear(x)) * scale + bias
+
+
+class Model(nn.Module):
+    """Layers in a dict; what they are given beside the hidden state is trained, too, and is in front of it."""
+
+    def __init__(self, between: bool = False, layers: int = 4) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(2, 4))
+        self.enter = nn.Linear(4, 4)
+        self.blocks = nn.ModuleDict({f"block_{number}": Layer() for number in range(layers)})
+        self.leave = nn.Linear(4, 2)
+        self.between = between
+
+    def forward(self, x: Tensor, scale: float = 1.0, extra: Tensor | None = None) -> dict[str, Any]:
+        x = self.enter(x)
+        for number, layer in enumerate(self.blocks.values()):
+            assert layer.kind == "plain"
+            x = layer(self.bias[number % 2], x, scale=scale)
+            x = x + 1 if self.between else x
+        return {"logits": self.leave(x), "hidden": x, "scale": 3}
+
+
+def test_any_model_with_trained_inputs_of_its_layers() -> None:
+    torch.manual_seed(0)
+    model = Model()
+    stages = [module for module, _ in layer_modules(model, [1, 2, 1], range(3), (torch.randn(2, 4), 0.5)).values()]
+    assert_equal_to_the_model(model, stages, torch.randn(5, 4), 2.0)
+    assert [name for name, _ in stages[1].named_parameters()] == [
+        f"blocks.block_{number}.linear.{kind}" for number in (1, 2) for kind in ("weight", "bias")
+    ]
+    assert not hasattr(stages[1], "bias") and stages[1].enter is None
+    assert copy.deepcopy(stages[2])(stages[1](stages[0](torch.randn(5, 4), 2.0)))["scale"] == 3
+
+
+def test_a_model_on_the_meta_device_is_cut_before_it_has_weights() -> None:
+    torch.manual_seed(0)
+    full = Model()
+    with torch.device("meta"):
+        model = Model()
+    made = layer_modules(model, [2, 2], [0, 1], (torch.empty(2, 4, device="meta"),))
+    for module, _ in made.values():
+        module.to_empty(device="cpu")
+        module.load_state_dict({name: full.state_dict()[name] for name in module.state_dict()})
+    x = torch.randn(3, 4)
+    got = run_stages([module for module, _ in made.values()], x)
+    torch.testing.assert_close(got["logits"], full(x)["logits"], rtol=0, atol=0)
+    with pytest.raises(PipelineUsageError, match="on the meta device"):
+        layer_stages(model, [2, 2], [0], "cpu", (torch.empty(2, 4, device="meta"),))
+
+
+def test_other_inputs_than_those_of_the_example_are_refused() -> None:
+    model = Model()
+    first, _ = layer_modules(model, [2, 2], [0], (torch.randn(2, 4),))[0]
+    with pytest.raises(PipelineUsageError, match="1 positional inputs and no keywords, and it is given 1 .* extra"):
+        first(torch.randn(2, 4), extra=torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "options", "words"),
+    [
+        (Model(between=True), [2, 2], {}, "computes something between its layers"),
+        (Model(), [2, 3], {}, "those of 5 layers, and blocks has 4"),
+        (Model(), [0, 4], {}, "the first stage needs a layer"),
+        (Model(), [2, 2], {"layers": "enter"}, "'enter' is a Linear, not a list or dict of layers"),
+        (Model(), [2, 2], {"layers": "layers"}, "the model has no module 'layers'"),
+        (nn.Linear(4, 4), [1, 1], {}, "no layers found"),
+    ],
+)
+def test_what_cannot_be_cut_is_said(model: nn.Module, sizes: list[int], options: dict[str, Any], words: str) -> None:
+    with pytest.raises(PipelineUsageError, match=words):
+        layer_modules(model, sizes, [0], (torch.randn(2, 4),), **options)
+
+
+def test_a_cache_is_refused_with_the_mend() -> None:
+    model = MODELS["Llama"]().eval()
+    model.config.use_cache = True  # type: ignore[union-attr]
+    with pytest.raises(PipelineUsageError, match="is given a DynamicCache.*config.use_cache = False"):
+        layer_modules(model, [3, 2], [0], (inputs_of("Llama", 1),))
+
+
+def _loss(output: Any, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output.logits.flatten(0, 1), target.flatten())
+
+
+def _train(rank: int, name: str, schedule: str) -> list[str]:
+    """Two steps; what of the stages' parameters differs from the plain model's after them."""
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    plain = copy.deepcopy(model)
+    mine = stages_of_rank(schedule, rank, 2)
+    sizes = partition([1.0] * LAYERS, 2 * len(mine))
+    stages = layer_stages(model, sizes, mine, "cpu", (inputs_of(name, 1),))
+    made = make_schedule(schedule, stages, 4, _loss)
+    parts = nn.ModuleList([stage.submod for stage in stages])
+    optimizers = [torch.optim.SGD(part.parameters(), 0.1) for part in (plain, parts)]
+    first, last = any(stage.is_first for stage in stages), any(stage.is_last for stage in stages)
+    for number in range(2):
+        tokens = inputs_of(name, 8 + 8 * number)[:8]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for part in tokens.chunk(4):
+            (_loss(plain(part), part) / 4).backward()
+        losses: list[Tensor] = []
+        made.step(*((tokens,) if first else ()), **({"target": tokens, "losses": losses} if last else {}))
+        for optimizer in optimizers:
+            optimizer.step()
+    wanted = dict(plain.named_parameters(remove_duplicate=False))
+    return [
+        f"{name}, {schedule}: {key}"
+        for stage in stages
+        for key, parameter in stage.submod.named_parameters()
+        if not torch.allclose(parameter, wanted[key], rtol=1e-5, atol=1e-6)
+    ]
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2"])
+def test_training_equals_the_unsplit_model(name: str) -> None:
+    for schedule in ("1F1B", "ZBVZeroBubble", "Interleaved1F1B"):
+        assert ranks.run(_train, 2, timeout=60, name=name, schedule=schedule) == [[], []]
+
+
+def test_names_are_importable_from_the_package() -> None:
+    assert dist.is_available()
+    assert {"layer_modules", "layer_stages", "layer_costs", "partition"} <= set(pp_runtime.__all__)
