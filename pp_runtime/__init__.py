@@ -42,6 +42,7 @@ from pp_runtime.schedules import (  # noqa: E402
 from pp_runtime.stage import PipelineStage, build_stage  # noqa: E402
 
 if TYPE_CHECKING:
+    from pp_runtime.building import BuiltPipeline, build_pipeline
     from pp_runtime.splitting import (
         Partition,
         Pipe,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "BuiltPipeline",
     "InvalidOrderError",
     "Partition",
     "Pipe",
@@ -78,6 +80,7 @@ __all__ = [
     "SplitPoint",
     "__version__",
     "_ScheduleForwardOnly",
+    "build_pipeline",
     "build_stage",
     "clip_grad_norm_",
     "get_schedule_class",
@@ -105,7 +108,14 @@ _SPLITTING = (
 )
 
 
+_BUILDING = ("BuiltPipeline", "build_pipeline")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _BUILDING:
+        from pp_runtime import building
+
+        return getattr(building, name)
     if name in _SPLITTING:
         from pp_runtime import splitting
 

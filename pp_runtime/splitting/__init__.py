@@ -9,6 +9,7 @@ from pp_runtime.splitting.layer_costs import layer_costs
 from pp_runtime.splitting.layered import layer_modules, layer_stages
 from pp_runtime.splitting.partition import Partition, partition
 from pp_runtime.splitting.placement import stages_of_rank
+from pp_runtime.splitting.rehearsal import find_layers, forward_times
 from pp_runtime.splitting.torch_package import torch_pipelining
 from pp_runtime.splitting.tracing import annotate_split_points, pipeline
 
@@ -20,6 +21,8 @@ __all__ = [
     "Pipe",
     "SplitPoint",
     "annotate_split_points",
+    "find_layers",
+    "forward_times",
     "layer_costs",
     "layer_modules",
     "layer_stages",

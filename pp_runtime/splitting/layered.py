@@ -215,7 +215,8 @@ class _Later(nn.Module):
     _held: range
     _is_last: bool
 
-    def forward(self, message: dict[str, Any]) -> Any:
+    def forward(self, message: dict[str, Any], **_: Any) -> Any:
+        """The keywords are the first stage's, where a rank holds both."""
         score, hidden, which = self._score, message["hidden"], message["which"]
         for number, layer in zip(which, self._held, strict=False):
             args, kwargs = _put_in(score, hidden, message["variants"][number])

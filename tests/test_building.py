@@ -1,0 +1,156 @@
+"""From a whole model to a pipeline in one call: the unsplit model's training, names and checkpoints."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from pp_runtime import BuiltPipeline, build_pipeline
+from pp_runtime.errors import PipelineUsageError
+from tests.helpers import api, ranks
+from tests.helpers.layered_huggingface import LAYERS, MODELS, inputs_of
+
+pytestmark = api.ours_only("builds nothing in one call")
+WARM = "transformers.models.llama.modeling_llama transformers.models.gpt2.modeling_gpt2 torch.distributed.checkpoint"
+
+
+def loss_of(output: Any, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output.logits.flatten(0, 1), target.flatten())
+
+
+def build(name: str, schedule: str, seed: int = 0, **options: Any) -> tuple[BuiltPipeline, nn.Module]:
+    """The pipeline, and the plain model that it began as."""
+    torch.manual_seed(seed)
+    model = MODELS[name]().eval()
+    plain = copy.deepcopy(model)
+    built = build_pipeline(model, schedule, microbatches=4, loss_fn=loss_of, example=(inputs_of(name, 1),), **options)
+    return built, plain
+
+
+def _train(rank: int, name: str, schedule: str, options: dict[str, Any]) -> list[str]:
+    built, plain = build(name, schedule, **options)
+    optimizers = [torch.optim.SGD(each.parameters(), 0.1) for each in (plain, built)]  # type: ignore[attr-defined]
+    found = []
+    for number in range(2):
+        tokens = inputs_of(name, 8 * (1 + number))[:8]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        expected = []
+        for part in tokens.chunk(4):
+            expected.append(loss_of(plain(part), part))
+            (expected[-1] / 4).backward()
+        losses: list[Tensor] = []
+        output = built.step(tokens, target=tokens, losses=losses)
+        wanted = nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        got = built.clip_grad_norm_(0.5)
+        if not torch.allclose(got, wanted):
+            found.append(f"norm {got} for {wanted}")
+        if built.holds_last and not torch.allclose(torch.stack(losses), torch.stack(expected)):
+            found.append(f"losses {losses} for {expected}")
+        if (output is not None) != built.holds_last:
+            found.append("outputs elsewhere than on the last stage")
+        for optimizer in optimizers:
+            optimizer.step()
+    whole = plain.state_dict()
+    found += [key for key, value in built.state_dict().items() if not torch.allclose(value, whole[key], atol=1e-6)]
+    with torch.no_grad():
+        output = built.eval(inputs_of(name, 4))
+        if built.holds_last and not torch.allclose(output.logits, plain(inputs_of(name, 4)).logits, atol=1e-5):
+            found.append("evaluation")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "options"),
+    [
+        ("Llama", "ZBVZeroBubble", {}),
+        ("GPT-2", "1F1B", {"partition": "time"}),
+        ("Llama, tied", "interleaved1f1b", {"partition": [1, 2, 1, 1]}),
+        ("Llama", "Auto", {"num_stages": 4}),
+        ("Llama", "DualPipeV", {"compile": {"options": {"compiler": "aot_eager"}}}),
+    ],
+    ids=str,
+)
+def test_training_equals_the_unsplit_model(name: str, schedule: str, options: dict[str, Any]) -> None:
+    results = ranks.run(_train, 2, timeout=100, name=name, schedule=schedule, options=options)
+    assert results == [[], []], results
+
+
+def _write(rank: int, folder: str) -> None:
+    built, _ = build("Llama, tied", "ZBVZeroBubble")
+    tokens = inputs_of("Llama", 8)
+    built.step(tokens, target=tokens)
+    for parameter in built.parameters():
+        parameter.data.sub_(parameter.grad)  # type: ignore[arg-type]
+    dcp.save({"model": built}, checkpoint_id=f"{folder}/checkpoint")
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, built.state_dict())
+    if rank == 0:
+        torch.save({key: value for part in parts for key, value in part.items()}, f"{folder}/whole.pt")
+
+
+def _read(rank: int, folder: str, schedule: str) -> list[str]:
+    """By torch.distributed.checkpoint and from the whole state; what is not the same, bit for bit."""
+    whole = torch.load(f"{folder}/whole.pt")
+    found = []
+    for how in ("checkpoint", "whole"):
+        built, _ = build("Llama, tied", schedule, seed=1)
+        if how == "whole":
+            built.load_state_dict(whole)
+        else:
+            dcp.load({"model": built}, checkpoint_id=f"{folder}/checkpoint")
+        found += [f"{how}: {key}" for key, value in built.state_dict().items() if not torch.equal(value, whole[key])]
+    return found
+
+
+@pytest.mark.parametrize(("schedule", "count"), [("1F1B", 2), ("GPipe", 3), ("Interleaved1F1B", 2)])
+def test_a_checkpoint_of_one_layout_is_read_by_others_bit_for_bit(tmp_path: Path, schedule: str, count: int) -> None:
+    ranks.run(_write, 2, timeout=60, folder=str(tmp_path))
+    assert ranks.run(_read, count, timeout=60, folder=str(tmp_path), schedule=schedule) == [[]] * count
+
+
+def _errors(rank: int) -> list[str]:
+    said = []
+
+    def refused(**options: Any) -> None:
+        with pytest.raises(PipelineUsageError) as error:
+            build("Llama", options.pop("schedule", "1F1B"), **options)
+        said.append(str(error.value))
+
+    refused(schedule="Interleaved1F1B", num_stages=6)
+    refused(partition="weight")
+    refused(partition=[1, 1])
+    refused(group=dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "pipe")))
+    built, plain = build("Llama", "1F1B", group=dist.init_device_mesh("cpu", (2,)))
+    state = plain.state_dict()
+    del state["model.layers.1.mlp.up_proj.weight" if rank == 0 else "lm_head.weight"]
+    with pytest.raises(PipelineUsageError) as error:
+        built.load_state_dict(state)
+    return [*said, str(error.value), built.report()]
+
+
+def test_what_cannot_be_built_is_said_and_what_was_is_reported() -> None:
+    first, second = ranks.run(_errors, 2, timeout=60)
+    words = [
+        f"{LAYERS} layers do not make 6 parts",
+        "partition is 'layers', 'time' or the stages' sizes, not 'weight'",
+        "2 stages 2 layers, and there are 2 stages and 5 layers",
+        "the mesh has the axes data, pipe, and none is 'pp'",
+    ]
+    for said in (first, second):
+        assert all(word in line for word, line in zip(words, said, strict=False)), said
+    assert "lacks 1 names of stages [0], model.layers.1.mlp.up_proj.weight the first" in first[4]
+    assert "lacks 1 names of stages [1], lm_head.weight the first" in second[4]
+    assert first[5].splitlines() == [
+        "1F1B, 2 ranks, 2 stages, 4 microbatches",
+        "  stage 0: layers 0 to 1, load 2, on this rank",
+        "  stage 1: layers 2 to 4, load 3",
+        "balance 0.833, bubble 0.286 if F, I and W take as long",  # of 42: 2 to begin with, 4 x 9, 4 at the end
+    ]
