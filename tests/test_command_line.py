@@ -129,6 +129,37 @@ def test_bad_input_is_one_line_of_error(arguments: list[str], message: str, caps
     assert error.startswith("error: ") and message in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "--ranks", "4", "--microbatches", "0"], "--microbatches: '0' is not a count: give a whole number"),
+        (["show", "1F1B", "--ranks", "-1", "--microbatches", "4"], "--ranks: '-1' is not a count"),
+        (["compare", *SETTING, "--stages", "0"], "--stages: '0' is not a count"),
+        (
+            ["memory", "1F1B", *SETTING, "--shape", "4x2048"],
+            "'4x2048' is not a shape: write its sizes with commas between them, as 4,512,1024",
+        ),
+        (["memory", "1F1B", *SETTING, "--shape", "4,-1"], "'4,-1' is not a shape"),
+    ],
+)
+def test_a_bad_option_is_said_once_with_what_it_looks_like(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count(message) == 1
+
+
+@pytest.mark.parametrize(("command", "words"), [("compare", "2 a rank"), ("show", "as few as the schedule takes")])
+def test_help_says_how_many_stages_there_are_without_the_option(
+    command: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert words in " ".join(capsys.readouterr().out.split())
+
+
 def test_module_runs_as_a_program() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pp_runtime", "show", "1F1B", *SETTING], capture_output=True, text=True, timeout=100

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pp_runtime.orders import leaves
 from pp_runtime.pictures import Span, Spans, draw, read_chrome, write_chrome
 from pp_runtime.timing.costs import Costs
 from pp_runtime.timing.measured import measured_costs
@@ -53,6 +54,11 @@ class Timeline(Spans):
             shift = reference - first_of_host[host]
             merged.extend((part if shift == 0.0 else part.shifted(shift)).spans)
         return Timeline(tuple(merged))
+
+    @property
+    def num_stages(self) -> int:
+        """The stages of the model, as far as the timeline shows them."""
+        return 1 + max((part.stage_index for span in self.spans for part in leaves((span.parsed(),))), default=-1)
 
     def costs(self) -> Costs:
         """Median times of the actions, by stage, to simulate other schedules with (:mod:`.measured`)."""
