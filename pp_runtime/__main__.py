@@ -159,12 +159,12 @@ def _present(played: Simulation, title: str, options: argparse.Namespace) -> Non
     unit = "s" if options.measured or str(options.costs or "").endswith(".json") else ""
     if not options.quiet:
         colour = sys.stdout.isatty() if options.colour is None else options.colour
-        print(text_picture(plan, options.width or shutil.get_terminal_size((100, 24)).columns, colour))
+        print(text_picture(plan, options.columns or shutil.get_terminal_size((100, 24)).columns, colour))
     print(title)
     print(_numbers(played))
     for path in (options.png, options.svg):
         if path:
-            draw(path, timelines, title=title, unit=unit)
+            draw(path, timelines, title=title, unit=unit, width=options.width)
     if options.html:
         write_html(options.html, timelines, title=title, unit=unit)
     if options.perfetto:
@@ -295,7 +295,12 @@ def _add_pictures(command: argparse.ArgumentParser) -> None:
     for kind in ("png", "svg", "html", "perfetto"):
         command.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"write the timeline as {kind}")
     command.add_argument("--measured", metavar="TRACE", help="a trace of a run, drawn beside the plan (and its costs)")
-    command.add_argument("--width", type=int, help="characters a line; without it, the terminal's")
+    command.add_argument(
+        "--width", type=_count, metavar="PIXELS", help="of png and svg; without it, what the numbers need up to 2000"
+    )
+    command.add_argument(
+        "--columns", type=_count, help="characters a line in the terminal; without it, as many as it has"
+    )
     command.add_argument("--colour", action=argparse.BooleanOptionalAction, help="without it, in terminals")
     command.add_argument("--quiet", action="store_true", help="no picture in the terminal")
 

@@ -50,6 +50,18 @@ def test_show_writes_all_its_files(tmp_path: Path) -> None:
     assert from_torch_form(load_order(files["csv"])) == build_order("VHalf", 4, 8, 8)[0]
 
 
+def test_width_is_the_pixels_of_a_picture_and_columns_the_characters_of_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    png = tmp_path / "plan.png"
+    assert main(["show", "ZB1P", *SETTING, "--png", str(png), "--width", "2600", "--columns", "50"]) == 0
+    assert int.from_bytes(png.read_bytes()[16:20], "big") == 2600
+    assert max(len(line) for line in capsys.readouterr().out.splitlines() if line.startswith("rank ")) <= 50
+    assert main(["show", "ZB1P", *SETTING, "--png", str(png), "--width", "90000"]) == 1
+    assert "90000 pixels cannot be drawn" in capsys.readouterr().err
+
+
 def test_show_draws_a_run_beside_the_plan_made_from_its_costs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

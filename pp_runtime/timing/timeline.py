@@ -68,9 +68,13 @@ class Timeline(Spans):
         """Write JSON that ui.perfetto.dev and chrome://tracing open."""
         write_chrome(path, {"measured": self})
 
-    def save_png(self, path: str | Path) -> None:
-        """Draw the timeline (needs matplotlib); the suffix of the path chooses PNG, SVG or PDF."""
-        draw(path, {"measured": self})
+    def save_png(self, path: str | Path, *, width: int | None = None) -> None:
+        """Draw the timeline (needs matplotlib); the suffix of the path chooses PNG, SVG or PDF.
+
+        ``width`` is in pixels; without it, what the microbatches' numbers need up to 2,000. Numbers that do not fit are
+        left out.
+        """
+        draw(path, {"measured": self}, width=width)
 
 
 def _host() -> str:
