@@ -111,4 +111,7 @@ def test_in_a_browser_no_text_is_cut_off_or_runs_into_another(tmp_path: Path, ra
             assert all(one[3] <= other[2] for one, other in zip(row, row[1:], strict=False))
     names = [box for box in texts if "rank" in box[1] or box[1] == "measured"]
     assert len(names) == ranks * timelines
+    assert min(name[5] - name[4] for name in names) > 7  # large enough to read
+    # Times stand above the bars, which begin 10 pixels after the names.
+    assert min(box[2] for box in texts if box[0] == "axis") >= max(name[3] for name in names) + 8
     assert all(above[5] <= below[4] for above, below in zip(names, names[1:], strict=False))
