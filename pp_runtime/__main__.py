@@ -159,12 +159,12 @@ def _present(played: Simulation, title: str, options: argparse.Namespace) -> Non
     unit = "s" if options.measured or str(options.costs or "").endswith(".json") else ""
     if not options.quiet:
         colour = sys.stdout.isatty() if options.colour is None else options.colour
-        print(text_picture(plan, options.width or shutil.get_terminal_size((100, 24)).columns, colour))
+        print(text_picture(plan, options.columns or shutil.get_terminal_size((100, 24)).columns, colour))
     print(title)
     print(_numbers(played))
     for path in (options.png, options.svg):
         if path:
-            draw(path, timelines, title=title, unit=unit)
+            draw(path, timelines, title=title, unit=unit, width=options.width)
     if options.html:
         write_html(options.html, timelines, title=title, unit=unit)
     if options.perfetto:
@@ -194,7 +194,18 @@ def _costs(options: argparse.Namespace) -> Costs:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    return tuple(int(size) for size in text.split(","))
+    try:
+        return tuple(_count(size) for size in text.split(","))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a shape: write its sizes with commas between them, as 4,512,1024"
+        ) from None
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a count: give a whole number from 1")
+    return int(text)
 
 
 def _schedule_name(text: str) -> str:
@@ -221,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--csv", type=Path, metavar="FILE", help="write the order as torch's compute-only CSV")
     _add_pictures(show)
     comparing = _command(commands, "compare", _compare, "simulate all schedules for one model")
-    _add_setting(comparing)
+    _add_setting(comparing, "2 a rank; a schedule that needs another number gets the same model cut otherwise")
     comparing.add_argument(
         "--cap", type=float, help="leave out what keeps more activations than this, as the table counts"
     )
@@ -258,10 +269,10 @@ def _command(commands: argparse._SubParsersAction, name: str, run: object, words
     return command
 
 
-def _add_setting(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--ranks", type=int, required=True)
-    command.add_argument("--stages", type=int, help="of the whole model; without it, as few as the schedule takes")
-    command.add_argument("--microbatches", type=int, required=True)
+def _add_setting(command: argparse.ArgumentParser, stages: str = "as few as the schedule takes") -> None:
+    command.add_argument("--ranks", type=_count, required=True)
+    command.add_argument("--stages", type=_count, help=f"of the whole model; without it, {stages}")
+    command.add_argument("--microbatches", type=_count, required=True)
     _add_costs(command)
 
 
@@ -275,14 +286,21 @@ def _add_costs(command: argparse.ArgumentParser) -> None:
 def _add_file(command: argparse.ArgumentParser) -> None:
     command.add_argument("file", type=Path, help="a row a rank, in either of torch's formats")
     command.add_argument("--format", choices=("compute_only", "compute_comms"), help="without it, either")
-    command.add_argument("--microbatches", type=int, help="that the order must have; without it, as many as it names")
+    command.add_argument(
+        "--microbatches", type=_count, help="that the order must have; without it, as many as it names"
+    )
 
 
 def _add_pictures(command: argparse.ArgumentParser) -> None:
     for kind in ("png", "svg", "html", "perfetto"):
         command.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"write the timeline as {kind}")
     command.add_argument("--measured", metavar="TRACE", help="a trace of a run, drawn beside the plan (and its costs)")
-    command.add_argument("--width", type=int, help="characters a line; without it, the terminal's")
+    command.add_argument(
+        "--width", type=_count, metavar="PIXELS", help="of png and svg; without it, what the numbers need up to 2000"
+    )
+    command.add_argument(
+        "--columns", type=_count, help="characters a line in the terminal; without it, as many as it has"
+    )
     command.add_argument("--colour", action=argparse.BooleanOptionalAction, help="without it, in terminals")
     command.add_argument("--quiet", action="store_true", help="no picture in the terminal")
 

@@ -157,14 +157,19 @@ def _ready(action: Action, ends: Mapping[OpKey, int], step: int, last_stage: int
 
 
 def visualize_schedule(schedule: Sequence[Sequence[Action | None]], filename: str | None = None) -> None:
-    """Draw rows of actions with matplotlib, into a file, or on the screen without one."""
+    """Draw rows of actions with matplotlib, into a file, or on the screen without one; at most 2,000 pixels wide.
+
+    The text of an action is left out where it does not fit.
+    """
     try:
         from matplotlib import pyplot
         from matplotlib.patches import Patch
     except ImportError as error:
         raise RuntimeError("Pictures need matplotlib: pip install 'pp_runtime[pictures]'.") from error
     longest = max((sum(_WIDTHS.get(a.computation_type, 1) if a else 1 for a in row) for row in schedule), default=0)
-    figure, axes = pyplot.subplots(figsize=(max(4.0, 0.45 * longest + 1), 0.5 * len(schedule) + 1.4))
+    inches = min(19.8, max(4.0, 0.45 * longest + 1))
+    figure, axes = pyplot.subplots(figsize=(inches, 0.5 * len(schedule) + 1.4), dpi=100)
+    points_a_step = axes.get_position().width * inches * 72 / max(longest, 1)
     kinds: set[str] = set()
     for rank, row in enumerate(schedule):
         start = 0
@@ -174,7 +179,8 @@ def visualize_schedule(schedule: Sequence[Sequence[Action | None]], filename: st
                 text = action.computation_type.value
                 kinds.add(text)
                 axes.barh(rank, width, left=start, color=LOOKS[text].shade(), edgecolor="white", height=0.9)
-                axes.text(start + width / 2, rank, str(action), ha="center", va="center", fontsize=6)
+                if 0.66 * 6 * len(str(action)) < width * points_a_step:
+                    axes.text(start + width / 2, rank, str(action), ha="center", va="center", fontsize=6)
             start += width
     axes.set_xlim(0, max(longest, 1))
     axes.set_yticks(range(len(schedule)), [f"Rank {rank}" for rank in range(len(schedule))])
@@ -185,5 +191,5 @@ def visualize_schedule(schedule: Sequence[Sequence[Action | None]], filename: st
     if filename is None:
         pyplot.show()
     else:
-        figure.savefig(filename, bbox_inches="tight")
+        figure.savefig(filename, bbox_inches="tight", dpi=100)
     pyplot.close(figure)

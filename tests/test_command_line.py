@@ -50,6 +50,18 @@ def test_show_writes_all_its_files(tmp_path: Path) -> None:
     assert from_torch_form(load_order(files["csv"])) == build_order("VHalf", 4, 8, 8)[0]
 
 
+def test_width_is_the_pixels_of_a_picture_and_columns_the_characters_of_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    png = tmp_path / "plan.png"
+    assert main(["show", "ZB1P", *SETTING, "--png", str(png), "--width", "2600", "--columns", "50"]) == 0
+    assert int.from_bytes(png.read_bytes()[16:20], "big") == 2600
+    assert max(len(line) for line in capsys.readouterr().out.splitlines() if line.startswith("rank ")) <= 50
+    assert main(["show", "ZB1P", *SETTING, "--png", str(png), "--width", "90000"]) == 1
+    assert "90000 pixels cannot be drawn" in capsys.readouterr().err
+
+
 def test_show_draws_a_run_beside_the_plan_made_from_its_costs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,6 +139,37 @@ def test_bad_input_is_one_line_of_error(arguments: list[str], message: str, caps
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "--ranks", "4", "--microbatches", "0"], "--microbatches: '0' is not a count: give a whole number"),
+        (["show", "1F1B", "--ranks", "-1", "--microbatches", "4"], "--ranks: '-1' is not a count"),
+        (["compare", *SETTING, "--stages", "0"], "--stages: '0' is not a count"),
+        (
+            ["memory", "1F1B", *SETTING, "--shape", "4x2048"],
+            "'4x2048' is not a shape: write its sizes with commas between them, as 4,512,1024",
+        ),
+        (["memory", "1F1B", *SETTING, "--shape", "4,-1"], "'4,-1' is not a shape"),
+    ],
+)
+def test_a_bad_option_is_said_once_with_what_it_looks_like(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count(message) == 1
+
+
+@pytest.mark.parametrize(("command", "words"), [("compare", "2 a rank"), ("show", "as few as the schedule takes")])
+def test_help_says_how_many_stages_there_are_without_the_option(
+    command: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert words in " ".join(capsys.readouterr().out.split())
 
 
 def test_module_runs_as_a_program() -> None:

@@ -95,6 +95,13 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
         assert (tmp_path / f"{number}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_fits_a_page(tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("agg")
+    ours.visualize_schedule(ours.get_schedule_ops("Interleaved1F1B", 8, 32, add_spacing=True), str(tmp_path / "8.png"))
+    assert 1500 < int.from_bytes((tmp_path / "8.png").read_bytes()[16:20], "big") <= 2000
+
+
 def test_a_key_names_what_a_stage_does_with_a_microbatch() -> None:
     key = ours.OpKey(1, FORWARD, 2)
     assert tuple(key) == tuple(theirs.OpKey(1, theirs._ComputationType.FORWARD, 2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from pp_runtime.orders import Action, leaves
 from pp_runtime.pictures.spans import Span, Spans
 
 
@@ -22,21 +23,24 @@ class Look:
         return "#" + "".join(f"{round(a + (b - a) * place):02x}" for a, b in zip(first, last, strict=True))
 
 
+# Of Okabe and Ito's hues, light enough for dark numbers, and so apart in lightness that no kind of colour blindness
+# makes two of F, B, I and W alike (tests/pictures/test_palette.py).
 LOOKS: Mapping[str, Look] = {
-    "F": Look(("#5b8fd6", "#a9c8f0"), 75, "F forward"),
-    "B": Look(("#3fa37c", "#9bd6bd"), 78, "B full backward"),
-    "I": Look(("#e0a13a", "#f3d08f"), 215, "I backward for inputs"),
-    "W": Look(("#a678c8", "#d5bbe8"), 183, "W backward for weights"),
-    "OVERLAP_F_B": Look(("#d0607a", "#eba9b8"), 211, "forward and backward overlapped"),
-    "UNSHARD": Look(("#8a8f98", "#8a8f98"), 248, "unshard"),
-    "RESHARD": Look(("#b9bdc4", "#b9bdc4"), 252, "reshard"),
-    "REDUCE_GRAD": Look(("#6b7079", "#6b7079"), 245, "reduce gradients"),
-    "SEND_F": Look(("#7fc4d8", "#7fc4d8"), 117, "send"),
-    "SEND_B": Look(("#7fc4d8", "#7fc4d8"), 117, "send"),
-    "RECV_F": Look(("#c9e7ef", "#c9e7ef"), 159, "receive"),
-    "RECV_B": Look(("#c9e7ef", "#c9e7ef"), 159, "receive"),
+    "F": Look(("#6cb0e6", "#b8d9f6"), 75, "F forward"),
+    "B": Look(("#109d64", "#5ec78f"), 35, "B full backward"),
+    "I": Look(("#dfa71a", "#f7dc7e"), 178, "I backward for inputs"),
+    "W": Look(("#cc6a96", "#eba6c4"), 175, "W backward for weights"),
+    "OVERLAP_F_B": Look(("#e0702a", "#e0702a"), 172, "forward and backward overlapped"),
+    "UNSHARD": Look(("#b08968", "#b08968"), 248, "unshard"),
+    "RESHARD": Look(("#d9c2a9", "#d9c2a9"), 252, "reshard"),
+    "REDUCE_GRAD": Look(("#8c6d4f", "#8c6d4f"), 245, "reduce gradients"),
+    "SEND_F": Look(("#5f6b7a", "#5f6b7a"), 117, "send"),
+    "SEND_B": Look(("#5f6b7a", "#5f6b7a"), 117, "send"),
+    "RECV_F": Look(("#a3b1bf", "#a3b1bf"), 159, "receive"),
+    "RECV_B": Look(("#a3b1bf", "#a3b1bf"), 159, "receive"),
 }
 WAITING = "#e6e6e6"
+INK = "#16202b"  # of the numbers in bars
 COMMUNICATION = frozenset({"SEND_F", "SEND_B", "RECV_F", "RECV_B"})
 
 
@@ -45,19 +49,28 @@ def stage_places(timelines: Iterable[Spans]) -> dict[int, float]:
     held: dict[int, set[int]] = {}
     for timeline in timelines:
         for span in timeline.spans:
-            action = span.parsed()
-            for part in action.sub_actions or (action,):
+            for part in leaves((span.parsed(),)):
                 held.setdefault(span.rank, set()).add(part.stage_index)
     return {
         stage: place / max(1, len(stages) - 1) for stages in held.values() for place, stage in enumerate(sorted(stages))
     }
 
 
-def microbatch_label(span: Span) -> str:
-    """What stands in a bar: the microbatch, or the pair of an overlap."""
-    action = span.parsed()
-    numbers = [part.microbatch_index for part in action.sub_actions or (action,)]
-    return "/".join("" if number is None else str(number) for number in numbers)
+def legend(timelines: Iterable[Spans], places: Mapping[int, float]) -> dict[str, tuple[str, ...]]:
+    """For each thing that needs words its colour, or the first and the last of its shades."""
+    spans = [span for timeline in timelines for span in timeline.spans]
+    kinds = {part.computation_type.value for span in spans for part in leaves((span.parsed(),))}
+    items: dict[str, tuple[str, ...]] = {LOOKS[kind].words: (LOOKS[kind].shade(),) for kind in LOOKS if kind in kinds}
+    if max(places.values(), default=0) > 0:
+        items["lighter: a rank's later stages"] = LOOKS["F"].shades
+    if any(span.waited > 0 for span in spans):
+        items["waiting for a message"] = (WAITING,)
+    return items
+
+
+def microbatch_label(action: Action) -> str:
+    """What stands in the bar of an action that is no overlap: its microbatch."""
+    return "" if action.microbatch_index is None else str(action.microbatch_index)
 
 
 def action_label(span: Span, several_stages: bool) -> str:

@@ -87,9 +87,16 @@ class Spans:
 
     def shifted(self, seconds: float) -> Self:
         """The same, that much later."""
+        return self._moved(1.0, seconds)
+
+    def scaled(self, factor: float) -> Self:
+        """The same in another unit."""
+        return self._moved(factor, 0.0)
+
+    def _moved(self, factor: float, later: float) -> Self:
         return type(self)(
             tuple(
-                Span(span.rank, span.action, span.start + seconds, span.end + seconds, span.waited)
-                for span in self.spans
+                Span(s.rank, s.action, s.start * factor + later, s.end * factor + later, s.waited * factor)
+                for s in self.spans
             )
         )

@@ -3,44 +3,54 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pp_runtime.pictures.palette import COMMUNICATION, LOOKS, WAITING, microbatch_label, stage_places
-from pp_runtime.pictures.spans import Span, Spans
+from pp_runtime.pictures.layout import Bar, Layout
+from pp_runtime.pictures.palette import COMMUNICATION, INK
+from pp_runtime.pictures.spans import Spans
 
-_BAR = 0.86  # height of a bar, of a row of 1
-_INCHES_AN_ACTION = 0.24
+PAGE_WIDTH = 2000  # pixels; what a screen shows whole
+_WIDTHS = range(400, 60_001)  # of which matplotlib makes PNGs that have room for a row's name
 _DOTS_AN_INCH = 130
+_BAR = 0.86  # height of a bar, of a row of 1
+_INCHES_AN_ACTION = 0.24  # room for a number of three digits
+_LETTER = 0.7  # the room of a digit, of its size
+_SMALLEST_LETTERS = 5.0  # points
 
 
-def draw(path: str | Path, timelines: Mapping[str, Spans], *, title: str = "", unit: str = "s") -> None:
+def draw(
+    path: str | Path, timelines: Mapping[str, Spans], *, title: str = "", unit: str = "s", width: int | None = None
+) -> None:
     """Draw named timelines into one picture, all starting at 0; the suffix of ``path`` chooses the format.
 
     Each rank has one row a timeline, so a plan and a run of it stand right below each other. A bar is an action,
-    coloured by its kind, the number in it is the microbatch; a rank's later stages have lighter shades. RuntimeError
-    names the extra to install if matplotlib is missing.
+    coloured by its kind, the number in it is the microbatch, left out where it does not fit; a rank's later stages have
+    lighter shades. ``width`` is in pixels of a PNG; without it the picture is as wide as the numbers need, but not over
+    2,000. RuntimeError names the extra to install if matplotlib is missing; ValueError if there is nothing to draw or
+    no such width.
     """
-    shown = {name: timeline.from_zero() for name, timeline in timelines.items()}
-    if not any(timeline.spans for timeline in shown.values()):
+    if not any(timeline.spans for timeline in timelines.values()):
         raise ValueError("There is nothing to draw: the timeline has no spans.")
+    if width is not None and width not in _WIDTHS:
+        raise ValueError(f"A picture of {width} pixels cannot be drawn; give {_WIDTHS[0]:,} to {_WIDTHS[-1]:,}.")
     figure_class, canvas_class, patch_class = _matplotlib()
-    ranks = sorted({rank for timeline in shown.values() for rank in timeline.ranks})
-    rows = {(rank, name): place for place, (rank, name) in enumerate((r, n) for r in ranks for n in shown)}
-    length = max(timeline.makespan for timeline in shown.values()) or 1.0
-    width = _width(shown)
+    layout = Layout.of(timelines, unit)
+    left = 0.2 + 0.062 * max(map(len, layout.row_names))
+    right = 0.15
+    inches = _inches(layout, left + right) if width is None else width / _DOTS_AN_INCH
+    row = _row_height(len(layout.rows))
     # The space above and below the rows is the same at every height: title above; time, its name and legend below.
-    height = 0.34 * len(rows) + 1.4
-    figure = figure_class(figsize=(width, height), dpi=_DOTS_AN_INCH)
+    height = row * len(layout.rows) + 1.4
+    # A thousandth of a pixel more, so that no rounding takes one away.
+    figure = figure_class(figsize=(inches + 1e-3 / _DOTS_AN_INCH, height), dpi=_DOTS_AN_INCH)
     canvas_class(figure)
-    axes = figure.add_axes((0.95 / width, 1.0 / height, 1 - 1.1 / width, 0.34 * len(rows) / height))
-    places = stage_places(shown.values())
-    points_a_unit = (width - 1.1) * 72 / length
-    for name, timeline in shown.items():
-        _draw_timeline(axes, timeline, {rank: rows[rank, name] for rank in timeline.ranks}, places, points_a_unit)
-    _draw_frame(axes, rows, len(shown), length, unit, title)
-    _draw_legend(figure, patch_class, shown, places)
+    axes = figure.add_axes((left / inches, 1.0 / height, 1 - (left + right) / inches, row * len(layout.rows) / height))
+    points_a_unit = (inches - left - right) * 72 / layout.length
+    _draw_bars(axes, layout, points_a_unit, row * 72)
+    _draw_frame(axes, layout, title)
+    _draw_legend(figure, patch_class, layout)
     figure.savefig(path)
 
 
@@ -54,65 +64,62 @@ def _matplotlib() -> tuple[Any, Any, Any]:
     return Figure, FigureCanvasAgg, Patch
 
 
-def _width(timelines: Mapping[str, Spans]) -> float:
-    """Inches that give a typical bar room for its number, within what viewers can show."""
-    widest = 0.0
-    for timeline in timelines.values():
-        durations = sorted(span.worked for span in timeline.spans if span.kind not in COMMUNICATION and span.worked > 0)
-        if durations:
-            widest = max(widest, timeline.makespan / durations[len(durations) // 4] * _INCHES_AN_ACTION)
-    return min(60.0, max(9.0, widest + 1.1))
+def _inches(layout: Layout, margins: float) -> float:
+    """What gives a typical bar room for its number, within a page."""
+    widest = max(layout.length / _typical(timeline) * _INCHES_AN_ACTION for timeline in layout.timelines.values())
+    return min(PAGE_WIDTH / _DOTS_AN_INCH, max(9.0, widest + margins))
 
 
-def _draw_timeline(
-    axes: Any, timeline: Spans, row_of: Mapping[int, int], places: Mapping[int, float], points_a_unit: float
-) -> None:
+def _typical(timeline: Spans) -> float:
+    """How long the shorter actions that compute are; without any, endless."""
+    worked = sorted(span.worked for span in timeline.spans if span.kind not in COMMUNICATION and span.worked > 0)
+    return worked[len(worked) // 4] if worked else float("inf")
+
+
+def _row_height(rows: int) -> float:
+    """Inches: lower where there are many, down to what a row's name needs."""
+    return min(0.34, max(0.14, 11.0 / rows))
+
+
+def _draw_bars(axes: Any, layout: Layout, points_a_unit: float, points_a_row: float) -> None:
     """All bars of one colour and row are one drawing call, so that large timelines stay drawable."""
-    bars: dict[tuple[str, float, float], list[tuple[float, float]]] = defaultdict(list)
-    for span in timeline.spans:
-        row = row_of[span.rank]
-        if span.waited > 0:
-            bars[WAITING, row - _BAR / 4, _BAR / 2].append((span.start, span.waited))
-        start = span.start + span.waited
-        if span.kind in COMMUNICATION:
-            bars[LOOKS[span.kind].shade(), row - _BAR / 4, _BAR / 2].append((start, span.worked))
+    pieces: dict[tuple[str, float, float], list[tuple[float, float]]] = defaultdict(list)
+    labelled = []
+    for bar in layout.bars():
+        top = bar.row + _BAR * (bar.top - 0.5)
+        pieces[bar.colour, top, _BAR * bar.height].append((bar.start, bar.end - bar.start))
+        if bar.label:
+            labelled.append(bar)
+    typical = min(map(_typical, layout.timelines.values())) * points_a_unit
+    for (colour, top, height), places in pieces.items():
+        # An edge as wide as its bar would leave nothing of the colour.
+        axes.broken_barh(places, (top, height), facecolor=colour, edgecolor="white", linewidth=min(0.5, typical / 12))
+    _draw_labels(axes, labelled, points_a_unit, points_a_row)
+
+
+def _draw_labels(axes: Any, bars: Sequence[Bar], points_a_unit: float, points_a_row: float) -> None:
+    """The microbatch in the middle of each bar, as large as fits; nothing if that would be too small to read.
+
+    Room is counted for the longest number, so that equal bars show theirs alike, 9 as large as 10, or none at all.
+    """
+    longest = max((len(bar.label) for bar in bars), default=1)
+    for bar in bars:
+        wide = (bar.end - bar.start) * points_a_unit / (_LETTER * longest)
+        size = min(9.0, wide, 0.8 * _BAR * bar.height * points_a_row)
+        if size < _SMALLEST_LETTERS:
             continue
-        parts = span.parsed().sub_actions or (span.parsed(),)
-        height = _BAR / len(parts)
-        for place, part in enumerate(parts):
-            look = LOOKS[part.computation_type.value]
-            colour = look.shade(places.get(part.stage_index, 0))
-            bars[colour, row - _BAR / 2 + place * height, height].append((start, span.worked))
-        _draw_label(axes, span, row, points_a_unit)
-    for (colour, bottom, height), pieces in bars.items():
-        axes.broken_barh(pieces, (bottom, height), facecolor=colour, edgecolor="white", linewidth=0.5)
+        middle, height = (bar.start + bar.end) / 2, bar.row + _BAR * (bar.top + bar.height / 2 - 0.5)
+        axes.text(middle, height, bar.label, ha="center", va="center_baseline", fontsize=size, color=INK, clip_on=True)
 
 
-def _draw_label(axes: Any, span: Span, row: int, points_a_unit: float) -> None:
-    """The microbatch in the middle of the bar, as large as fits; nothing if that would be too small to read."""
-    labels = microbatch_label(span).split("/")
-    room = span.worked * points_a_unit
-    size = min(9.0 if len(labels) == 1 else 7.0, room / (0.68 * max(map(len, labels)) or 1.0))
-    if size < 4.5:
-        return
-    middle = span.start + span.waited + span.worked / 2
-    for place, label in enumerate(labels):
-        height = row - _BAR / 2 + (place + 0.5) * _BAR / len(labels)
-        axes.text(
-            middle, height, label, ha="center", va="center_baseline", fontsize=size, color="#16202b", clip_on=True
-        )
-
-
-def _draw_frame(
-    axes: Any, rows: Mapping[tuple[int, str], int], num_timelines: int, length: float, unit: str, title: str
-) -> None:
-    axes.set_xlim(0, length)
-    axes.set_ylim(len(rows) - 0.5, -0.5)  # rank 0 on top
-    names = [f"rank {rank}" if num_timelines == 1 else f"{rank} {name}" for rank, name in rows]
-    axes.set_yticks(list(rows.values()), names, fontsize=8)
+def _draw_frame(axes: Any, layout: Layout, title: str) -> None:
+    rows = len(layout.rows)
+    axes.set_xlim(0, layout.length)
+    axes.set_ylim(rows - 0.5, -0.5)  # rank 0 on top
+    axes.set_yticks(range(rows), layout.row_names, fontsize=8)
     axes.tick_params(axis="x", labelsize=8)
-    axes.set_xlabel(f"time ({unit})" if unit else "time", fontsize=8)
-    for place in range(num_timelines, len(rows), num_timelines):
+    axes.set_xlabel(f"time ({layout.unit})" if layout.unit else "time", fontsize=8)
+    for place in range(len(layout.timelines), rows, len(layout.timelines)):
         axes.axhline(place - 0.5, color="#c8ccd2", linewidth=0.6)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -120,20 +127,14 @@ def _draw_frame(
         axes.set_title(title, fontsize=10, loc="left")
 
 
-def _draw_legend(figure: Any, patch_class: Any, timelines: Mapping[str, Spans], places: Mapping[int, float]) -> None:
+def _draw_legend(figure: Any, patch_class: Any, layout: Layout) -> None:
     """Below the time axis, outside the rows."""
-    spans = [span for timeline in timelines.values() for span in timeline.spans]
-    kinds = {part.computation_type.value for span in spans for part in span.parsed().sub_actions or (span.parsed(),)}
-    patches = {LOOKS[kind].words: LOOKS[kind].shade() for kind in LOOKS if kind in kinds}
-    if max(places.values(), default=0) > 0:
-        patches["lighter: a rank's later stages"] = LOOKS["F"].shade(1.0)
-    if any(span.waited > 0 for span in spans):
-        patches["waiting for a message"] = WAITING
+    items = layout.legend()
     figure.legend(
-        handles=[patch_class(facecolor=colour, label=words) for words, colour in patches.items()],
+        handles=[patch_class(facecolor=colours[-1], label=words) for words, colours in items.items()],
         loc="upper center",
         bbox_to_anchor=(0.5, 0.55 / figure.get_figheight()),
-        ncols=min(len(patches), max(3, int(figure.get_figwidth() / 2.1))),
+        ncols=min(len(items), max(3, int(figure.get_figwidth() / 2.1))),
         fontsize=8,
         frameon=False,
     )

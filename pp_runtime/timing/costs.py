@@ -57,7 +57,10 @@ class Costs:
         if not isinstance(value, tuple):
             return (float(value),) * num_stages
         if len(value) < num_stages:
-            raise ValueError(f"The cost {name} has {len(value)} numbers for {num_stages} stages; give one a stage.")
+            raise ValueError(
+                f"The cost {name} has {len(value)} numbers for {num_stages} stages; give one a stage. "
+                f"A timeline that was not gathered has those of its own rank only: call its gather() first."
+            )
         return value[:num_stages]
 
     def table(self, num_stages: int) -> dict[str, tuple[float, ...]]:

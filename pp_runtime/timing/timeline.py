@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pp_runtime.orders import leaves
 from pp_runtime.pictures import Span, Spans, draw, read_chrome, write_chrome
 from pp_runtime.timing.costs import Costs
 from pp_runtime.timing.measured import measured_costs
@@ -54,6 +55,11 @@ class Timeline(Spans):
             merged.extend((part if shift == 0.0 else part.shifted(shift)).spans)
         return Timeline(tuple(merged))
 
+    @property
+    def num_stages(self) -> int:
+        """The stages of the model, as far as the timeline shows them."""
+        return 1 + max((part.stage_index for span in self.spans for part in leaves((span.parsed(),))), default=-1)
+
     def costs(self) -> Costs:
         """Median times of the actions, by stage, to simulate other schedules with (:mod:`.measured`)."""
         return measured_costs(self)
@@ -62,9 +68,13 @@ class Timeline(Spans):
         """Write JSON that ui.perfetto.dev and chrome://tracing open."""
         write_chrome(path, {"measured": self})
 
-    def save_png(self, path: str | Path) -> None:
-        """Draw the timeline (needs matplotlib); the suffix of the path chooses PNG, SVG or PDF."""
-        draw(path, {"measured": self})
+    def save_png(self, path: str | Path, *, width: int | None = None) -> None:
+        """Draw the timeline (needs matplotlib); the suffix of the path chooses PNG, SVG or PDF.
+
+        ``width`` is in pixels; without it, what the microbatches' numbers need up to 2,000. Numbers that do not fit are
+        left out.
+        """
+        draw(path, {"measured": self}, width=width)
 
 
 def _host() -> str:

@@ -19,6 +19,7 @@ from pp_runtime import _C
 from pp_runtime.errors import PipelineError
 from pp_runtime.running import runtime
 from tests.helpers import api, ranks
+from tests.helpers.failures import meet
 from tests.helpers.models import rows_of_floats
 from tests.helpers.pipelines import Setting, Twins, held_by, make_schedule, make_stages, step
 
@@ -221,6 +222,20 @@ def test_ranks_that_send_long_before_they_take_do_not_wait_for_each_other(
 ) -> None:
     arguments = {"schedule": schedule, "stages_per_rank": stages_per_rank, "transport": transport}
     assert ranks.run(_train_many_microbatches, RANKS, **arguments) == [[]] * RANKS
+
+
+def _misspell(rank: int, variable: str) -> str:
+    os.environ[variable] = "many"
+    pipeline = make_schedule("GPipe", make_stages({rank: nn.Linear(4, 4)}, RANKS), 2, None)
+    met = meet(lambda: pipeline.step(*([torch.ones(2, 4)] if rank == 0 else [])))
+    assert met is not None and met.is_a("PipelineUsageError"), met
+    return met.text
+
+
+@pytest.mark.parametrize("variable", ["PP_RUNTIME_TRANSPORT", "PP_RUNTIME_COMMUNICATORS"])
+def test_a_value_that_nobody_knows_is_refused_on_a_cpu_too(variable: str) -> None:
+    for text in ranks.run(_misspell, RANKS, variable=variable):
+        assert f"{variable} is 'many': choose one of auto, " in text
 
 
 # Many ranks, few cores

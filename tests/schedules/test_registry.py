@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pp_runtime.errors import InvalidOrderError, PipelineModeError, PipelineUsageError
+from pp_runtime.orders.catalogue import build_order
 from pp_runtime.orders.ir import Action, from_torch_form
 from pp_runtime.orders.placement import looped, v_shaped
 from pp_runtime.schedules import (
@@ -24,6 +25,9 @@ from pp_runtime.schedules import (
     get_schedule_class,
 )
 from pp_runtime.schedules.registry import SCHEDULE_CLASSES
+from pp_runtime.timing.costs import Costs
+from pp_runtime.timing.simulation import simulate
+from pp_runtime.timing.timeline import Timeline
 from tests.helpers.fakes import FakeRuntime, FakeStage, stages_of_rank, use_fake_runtime
 
 
@@ -173,3 +177,35 @@ def test_auto_takes_any_placement() -> None:
     assert ScheduleAuto(stages_of_rank(1, 2, 4), 4, loss).stage_index_to_group_rank == {0: 0, 1: 1, 2: 0, 3: 1}
     with pytest.raises(PipelineUsageError, match="placement"):
         ScheduleAuto(stages_of_rank(1, 2, 4), 4, loss, placement=(0, 0, 0, 0))
+
+
+def test_auto_takes_its_costs_from_a_measured_step_of_another_schedule() -> None:
+    costs = Costs(forward=(1.0, 1.0, 9.0, 9.0))
+    measured = simulate(build_order("Interleaved1F1B", 2, 4, 4)[0], costs).timeline()
+    stages = stages_of_rank(0, 2, 4)
+    orders = []
+    for options in ({}, {"memory_cap": 4}):
+        schedule = ScheduleAuto.from_timeline(measured, stages, 4, loss, **options)
+        given = ScheduleAuto(stages, 4, loss, costs=costs, **options)
+        assert schedule.pipeline_order == given.pipeline_order
+        orders.append(schedule.pipeline_order)
+    assert orders[0] != ScheduleAuto(stages, 4, loss).pipeline_order
+    assert orders[0] != orders[1]
+
+
+def test_auto_of_a_measured_step_recuts_the_costs_for_its_own_stages() -> None:
+    measured = simulate(build_order("1F1B", 2, 2, 4)[0], Costs(forward=(1.0, 9.0))).timeline()
+    stages = stages_of_rank(1, 2, 4)
+    schedule = ScheduleAuto.from_timeline(measured, stages, 4, loss)
+    costs = Costs(forward=(0.5, 0.5, 4.5, 4.5), backward_input=0.5, backward_weight=0.5)
+    given = ScheduleAuto(stages, 4, loss, costs=costs)
+    assert schedule.pipeline_order == given.pipeline_order != ScheduleAuto(stages, 4, loss).pipeline_order
+
+
+def test_auto_of_a_timeline_that_was_not_gathered_says_to_gather_it() -> None:
+    whole = simulate(build_order("1F1B", 2, 2, 4)[0]).timeline()
+    alone = Timeline(whole.of_rank(1))
+    with pytest.raises(PipelineUsageError, match=r"1 of the pipeline's 2 ranks: call its gather\(\) first"):
+        ScheduleAuto.from_timeline(alone, stages_of_rank(1, 2, 2), 4, loss)
+    with pytest.raises(ValueError, match="stage"):
+        ScheduleAuto.from_timeline(whole, [], 4, loss)

@@ -108,6 +108,18 @@ def test_one_ranks_timeline_gives_its_costs_to_the_stages_it_does_not_show() -> 
     assert costs.by_stage("backward_input", 2) == pytest.approx((3.0, 3.0))
 
 
+def test_costs_of_a_timeline_that_was_not_gathered_say_to_gather_it() -> None:
+    timeline = Timeline.from_records(0, [("0F0", 0, 3, 0), ("2F0", 3, 6, 0), ("2B0", 6, 9, 0), ("0B0", 9, 12, 0)])
+    with pytest.raises(ValueError, match=r"3 numbers for 4 stages.* call its gather\(\) first"):
+        timeline.costs().by_stage("forward", 4)
+
+
+def test_a_timeline_knows_the_stages_that_it_shows() -> None:
+    assert simulate(build_order("DualPipeV", 2, 4, 4)[0]).timeline().num_stages == 4
+    assert Timeline.from_records(0, [("0F0", 0, 3, 0), ("2F0", 3, 6, 0)]).num_stages == 3
+    assert Timeline(()).num_stages == 0
+
+
 def test_a_timeline_without_a_forward_has_no_costs() -> None:
     with pytest.raises(ValueError, match="no forward"):
         Timeline.from_records(0, [("0B0", 0, 1, 0)]).costs()

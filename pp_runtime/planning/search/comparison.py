@@ -85,9 +85,10 @@ def compare(
 
     A schedule that needs another number of stages a rank gets the same model cut otherwise: neighbouring stages as one,
     or each stage in equal pieces. ``memory_cap`` leaves out schedules with more activations (as :class:`Row` counts).
-    ValueError if no schedule is left.
+    ValueError if no schedule is left, and for counts below 1 and costs of fewer stages.
     """
     costs = costs or Costs()
+    _refuse_for_all(num_ranks, num_stages, num_microbatches, costs)
     rows: list[Row] = []
     refused: dict[str, str] = {}
     for name, spec in ORDERS.items():
@@ -120,9 +121,17 @@ def compare_measured(timeline: Timeline, num_microbatches: int | None = None) ->
     """Compare for the model, ranks and microbatches of a measured timeline that :meth:`Timeline.gather` made."""
     costs = timeline.costs()
     found = {part for span in timeline.spans for part in (span.parsed().sub_actions or (span.parsed(),))}
-    stages = 1 + max(part.stage_index for part in found)
     microbatches = 1 + max(part.microbatch_index or 0 for part in found)
-    return compare(len(timeline.ranks), stages, num_microbatches or microbatches, costs)
+    return compare(len(timeline.ranks), timeline.num_stages, num_microbatches or microbatches, costs)
+
+
+def _refuse_for_all(num_ranks: int, num_stages: int, num_microbatches: int, costs: Costs) -> None:
+    """Say once what every schedule would refuse."""
+    for count, what in ((num_ranks, "ranks"), (num_stages, "stages"), (num_microbatches, "microbatches")):
+        if count < 1:
+            raise ValueError(f"The comparison got {count} {what}; give at least 1.")
+    costs.table(num_stages)
+    costs.by_stage("transfer", num_stages)
 
 
 def _stages_for(spec: OrderSpec, num_ranks: int, num_stages: int) -> int:

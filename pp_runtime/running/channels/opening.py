@@ -16,6 +16,7 @@ from pp_runtime.running.agreement import Agreement
 from pp_runtime.running.channels.accelerator import AcceleratorChannels, chosen_peer_memory
 from pp_runtime.running.channels.host import HostChannels
 from pp_runtime.running.channels.reach import Offers, Reach
+from pp_runtime.running.communicators import chosen_communicators
 from pp_runtime.running.lanes import lanes_for
 from pp_runtime.running.oversight import Lookout
 
@@ -53,9 +54,10 @@ def open_channels(
     plan: Plan,
 ) -> OpenChannels:
     """Open both tables of channels. Every rank of the group must call it, at the same point."""
+    chosen = chosen_transport()
+    chosen_communicators()  # only accelerators have some; a value that nobody knows is refused on the laptop too
     if agreement.size == 1:
         return OpenChannels({}, {}, None, None, None)
-    chosen = chosen_transport()
     lanes = lanes_for(device)
     if chosen == ("device" if lanes is None else "shared_memory"):
         raise PipelineUsageError(
