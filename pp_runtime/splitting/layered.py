@@ -120,6 +120,19 @@ def layer_modules(
     return made
 
 
+_NOT_AS_SEEN = (
+    "the model did not call each of its layers once, as it did when the stages were made (does it leave layers out at "
+    "random?): split it with pipeline()"
+)
+
+
+class _Beyond(nn.Module):
+    """Stands on the first stage for a module that is called after the last layer, and so is never called there."""
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        raise PipelineUsageError(_NOT_AS_SEEN)
+
+
 class _Left(Exception):
     """The model's own forward has come to what other stages do."""
 
@@ -189,8 +202,9 @@ class _First(nn.Module):
         except _Left as left:
             if not self._recorders:
                 return {"hidden": left.hidden, "variants": (), "which": ()}
-            return _message([recorder._calls.pop() for recorder in self._recorders])
-        raise PipelineUsageError("the model did not call all of its layers, as it did when the stages were made")
+            if all(len(recorder._calls) == 1 for recorder in self._recorders):
+                return _message([recorder._calls.pop() for recorder in self._recorders])
+        raise PipelineUsageError(_NOT_AS_SEEN)
 
 
 def _message(calls: Sequence[tuple[Tensor, Call]]) -> dict[str, Any]:
@@ -244,7 +258,8 @@ def _first_stage(model: nn.Module, score: Score, held: range) -> nn.Module:
         made.get_submodule(f"{score.layers}.{score.names[-1]}").register_forward_hook(_leave)
     for name, _ in score.tail.calls:
         if name not in score.before:
-            _take_out(made, name)
+            parent, _, child = name.rpartition(".")
+            made.get_submodule(parent)._modules[child] = _Beyond()
     made.__class__ = type(f"First{type(model).__name__}", (_First, type(model)), {})
     made._recorders, made._score = recorders, score  # type: ignore[assignment]
     return made
@@ -273,11 +288,6 @@ def _skeleton(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
         name: None if child is None else _skeleton(child, made) for name, child in module._modules.items()
     }
     return copied
-
-
-def _take_out(module: nn.Module, name: str) -> None:
-    parent, _, child = name.rpartition(".")
-    module.get_submodule(parent)._modules[child] = None
 
 
 def _keep_only(module: nn.Module, prefix: str, kept: set[str]) -> None:

@@ -50,6 +50,9 @@ class Score:
     """Names of the modules that are called before the first layer."""
     tail: Tail
 
+    def __deepcopy__(self, _: Any) -> Score:  # by copies of the stages that hold it
+        return self
+
 
 @dataclass
 class _Watched:

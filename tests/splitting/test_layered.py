@@ -139,6 +139,23 @@ def test_other_inputs_than_those_of_the_example_are_refused() -> None:
         first(torch.randn(2, 4), extra=torch.ones(1))
 
 
+def test_a_model_that_leaves_layers_out_is_told_so() -> None:
+    class Dropping(Model):
+        drops: tuple[int, ...] = ()
+
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            x = self.enter(x)
+            for number, layer in enumerate(self.blocks.values()):
+                x = x if number in self.drops else layer(self.bias[0], x)
+            return self.leave(x)
+
+    for dropped in (2, 3):
+        first, _ = layer_modules(Dropping(), [2, 2], [0], (torch.randn(2, 4),))[0]
+        first.drops = (dropped,)  # type: ignore[assignment]
+        with pytest.raises(PipelineUsageError, match="did not call each of its layers once"):
+            first(torch.randn(2, 4))
+
+
 @pytest.mark.parametrize(
     ("model", "sizes", "options", "words"),
     [
