@@ -18,7 +18,7 @@ from pp_runtime.errors import PipelineUsageError
 from pp_runtime.splitting.rehearsal import find_layers
 from tests.helpers import api, ranks
 from tests.helpers.layered_huggingface import LAYERS, MODELS, REFUSED, inputs_of
-from tests.helpers.pipelines import make_schedule
+from tests.helpers.pipelines import EVERY_SCHEDULE, make_schedule
 
 pytestmark = api.ours_only("cuts only what it traced")
 WARM = "transformers.models.llama.modeling_llama transformers.models.gpt2.modeling_gpt2"
@@ -216,7 +216,7 @@ def _train(rank: int, name: str, schedule: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ["Llama", "GPT-2"])
 def test_training_equals_the_unsplit_model(name: str) -> None:
-    for schedule in ("1F1B", "ZBVZeroBubble", "Interleaved1F1B"):
+    for schedule in EVERY_SCHEDULE:
         assert ranks.run(_train, 2, timeout=60, name=name, schedule=schedule) == [[], []]
 
 
