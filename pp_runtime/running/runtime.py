@@ -281,6 +281,7 @@ class Runtime:
             channels.confirmation,
             None if channels.lookout is None else channels.lookout.board,
             channels.lanes,
+            None if self._agreement is None else self._agreement.watch,
         )
         executor.set_recording(self._recording)
         return executor
