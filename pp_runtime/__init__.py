@@ -22,7 +22,7 @@ check_extension()
 stand_in_torchs_place()
 
 from pp_runtime.errors import InvalidOrderError, PipelineError, PipelineUsageError  # noqa: E402
-from pp_runtime.running import PipelineGradScaler, clip_grad_norm_  # noqa: E402
+from pp_runtime.running import PipelineGradScaler, PipelineMetrics, StepMetrics, clip_grad_norm_  # noqa: E402
 from pp_runtime.schedules import (  # noqa: E402
     Schedule1F1B,
     ScheduleAuto,
@@ -63,6 +63,7 @@ __all__ = [
     "Pipe",
     "PipelineError",
     "PipelineGradScaler",
+    "PipelineMetrics",
     "PipelineStage",
     "PipelineUsageError",
     "Schedule1F1B",
@@ -78,6 +79,7 @@ __all__ = [
     "ScheduleZB2P",
     "ScheduleZBVZeroBubble",
     "SplitPoint",
+    "StepMetrics",
     "__version__",
     "_ScheduleForwardOnly",
     "build_pipeline",

@@ -89,14 +89,21 @@ void bind_stage(py::module_& m) {
 }
 
 void bind_executor(py::module_& m) {
+  py::class_<StepTotals>(m, "StepTotals")
+      .def_readonly("training", &StepTotals::training)
+      .def_readonly("step_ns", &StepTotals::step_ns)
+      .def_readonly("compute_ns", &StepTotals::compute_ns)
+      .def_readonly("waited_ns", &StepTotals::waited_ns)
+      .def_readonly("sent_bytes", &StepTotals::sent_bytes)
+      .def_readonly("received_bytes", &StepTotals::received_bytes);
   py::class_<Executor>(m, "Executor")
       .def(py::init<const std::vector<int32_t>&, std::vector<std::shared_ptr<Stage>>, std::vector<Edge>,
                     std::vector<std::shared_ptr<SendChannel>>, std::vector<std::shared_ptr<ReceiveChannel>>,
                     std::vector<py::object>, std::vector<std::string>, size_t, std::shared_ptr<Confirmation>,
-                    std::shared_ptr<Board>, std::shared_ptr<Lanes>>(),
+                    std::shared_ptr<Board>, std::shared_ptr<Lanes>, std::shared_ptr<Watch>>(),
            py::arg("program"), py::arg("stages"), py::arg("edges"), py::arg("send_channels"),
            py::arg("receive_channels"), py::arg("callbacks"), py::arg("callback_names"), py::arg("microbatches"),
-           py::arg("confirmation"), py::arg("board"), py::arg("lanes"))
+           py::arg("confirmation"), py::arg("board"), py::arg("lanes"), py::arg("watch"))
       .def(
           "run",
           [](Executor& executor, uint64_t step, py::list args, py::list kwargs, py::object targets, py::object loss_fn,
@@ -116,6 +123,8 @@ void bind_executor(py::module_& m) {
       .def(
           "microbatch_of", [](const Executor& executor, size_t i) { return executor.program().at(i).microbatch; },
           py::arg("instruction"))
+      .def("totals", &Executor::totals, py::return_value_policy::copy)
+      .def("lane_seconds", &Executor::lane_seconds, py::call_guard<py::gil_scoped_release>())
       .def("set_recording", &Executor::set_recording, py::arg("on"))
       .def("take_trace",
            [](Executor& executor) {

@@ -24,6 +24,14 @@ int64_t now_ns() {
       .count();
 }
 
+uint64_t bytes_of(const Message& message) {
+  uint64_t bytes = 0;
+  for (const at::Tensor& tensor : message.tensors) {
+    bytes += tensor.defined() ? tensor.nbytes() : 0;
+  }
+  return bytes;
+}
+
 std::string describe(const Frame& frame) {
   return std::string(frame.training != 0 ? "step" : "eval") + " number " + std::to_string(frame.step) +
          ", microbatch " + std::to_string(frame.microbatch);
@@ -36,7 +44,7 @@ Executor::Executor(const std::vector<int32_t>& program, std::vector<std::shared_
                    std::vector<std::shared_ptr<ReceiveChannel>> receive_channels, std::vector<py::object> callbacks,
                    std::vector<std::string> callback_names, size_t microbatches,
                    std::shared_ptr<Confirmation> confirmation, std::shared_ptr<Board> board,
-                   std::shared_ptr<Lanes> lanes)
+                   std::shared_ptr<Lanes> lanes, std::shared_ptr<const Watch> watch)
     : program_(read_program(program, {.stages = stages.size(),
                                       .microbatches = microbatches,
                                       .edges = edges.size(),
@@ -52,7 +60,8 @@ Executor::Executor(const std::vector<int32_t>& program, std::vector<std::shared_
       callback_names_(std::move(callback_names)),
       microbatches_(microbatches),
       confirmation_(std::move(confirmation)),
-      board_(std::move(board)) {
+      board_(std::move(board)),
+      watch_(std::move(watch)) {
   for (const Instruction& instruction : program_) {
     activities_.push_back(activity_of(instruction));
     if (is_receive(instruction.operation)) {
@@ -65,6 +74,7 @@ Executor::Executor(const std::vector<int32_t>& program, std::vector<std::shared_
       indices.push_back(stage->index());
     }
     clock_ = std::make_unique<LaneClock>(lanes);
+    stopwatch_ = std::make_unique<LaneStopwatch>(lanes);
     lanes_ = std::make_unique<StepLanes>(std::move(lanes), program_, std::move(indices), microbatches_);
   }
 }
@@ -74,8 +84,11 @@ void Executor::run(StepInput input, uint64_t step) {
   step_ = step;
   trace_.clear();
   position_ = -1;
+  totals_ = {.training = values_.training()};
   {
     py::gil_scoped_release no_gil;
+    const int64_t began = now_ns();
+    const std::chrono::nanoseconds waited_before = waited();
     const at::AutoGradMode mode(values_.training());
     for (const auto& stage : stages_) {
       stage->begin_step(microbatches_, values_.training(), step);
@@ -89,31 +102,7 @@ void Executor::run(StepInput input, uint64_t step) {
     for (size_t i = 0; i < receive_channels_.size(); ++i) {
       receive_channels_[i]->begin_step(messages_of_channel_[i]);
     }
-    for (size_t i = 0; i < program_.size(); ++i) {
-      if (program_[i].only_data_parallel && !stages_[program_[i].stage]->is_data_parallel()) {
-        continue;
-      }
-      position_ = static_cast<int64_t>(i);
-      at::RecordFunction range(at::RecordScope::USER_SCOPE);
-      if (range.isActive()) {
-        range.before("PP:" + text_of(i));
-      }
-      const int64_t start = recording_ || board_ ? now_ns() : 0;
-      show_on_board(i, start);
-      if (lanes_) {
-        run_on_lanes(i);
-        continue;
-      }
-      execute(program_[i]);
-      if (!recording_) {
-        continue;
-      }
-      const int64_t end = now_ns();
-      trace_.push_back({.instruction = static_cast<uint32_t>(i),
-                        .start_ns = start,
-                        .end_ns = end,
-                        .waited_ns = is_receive(program_[i].operation) ? end - start : 0});
-    }
+    run_program();
     position_ = -1;
     show_on_board(kEndOfStep);
     // What came while the last actions ran must stop the step on every rank, not only on this one.
@@ -124,6 +113,8 @@ void Executor::run(StepInput input, uint64_t step) {
     if (confirmation_) {
       confirmation_->confirm();
     }
+    totals_.step_ns = now_ns() - began;
+    totals_.waited_ns = (waited() - waited_before).count();
     for (const auto& stage : stages_) {
       stage->clear();
     }
@@ -131,6 +122,55 @@ void Executor::run(StepInput input, uint64_t step) {
   position_ = -1;
   values_.drop_input();
   show_on_board(kOutsideStep);
+}
+
+void Executor::run_program() {
+  if (lanes_) {
+    stopwatch_->start();
+  }
+  // An action lasts until the next one begins, so that one look at the clock an action is enough.
+  int64_t since = 0;
+  bool computes = false;
+  const auto next = [&](bool next_computes) {
+    const int64_t now = now_ns();
+    totals_.compute_ns += computes ? now - since : 0;
+    computes = next_computes;
+    return since = now;
+  };
+  for (size_t i = 0; i < program_.size(); ++i) {
+    if (program_[i].only_data_parallel && !stages_[program_[i].stage]->is_data_parallel()) {
+      continue;
+    }
+    position_ = static_cast<int64_t>(i);
+    at::RecordFunction range(at::RecordScope::USER_SCOPE);
+    if (range.isActive()) {
+      range.before("PP:" + text_of(i));
+    }
+    const int64_t start = next(program_[i].computes);
+    show_on_board(i, start);
+    if (lanes_) {
+      run_on_lanes(i);
+      continue;
+    }
+    const std::chrono::nanoseconds waited_before = waited();
+    execute(program_[i]);
+    if (recording_) {
+      trace_.push_back({.instruction = static_cast<uint32_t>(i),
+                        .start_ns = start,
+                        .end_ns = now_ns(),
+                        .waited_ns = (waited() - waited_before).count()});
+    }
+  }
+  next(false);
+  if (lanes_) {
+    stopwatch_->stop();
+  }
+}
+
+std::chrono::nanoseconds Executor::waited() const { return watch_ ? watch_->waited() : std::chrono::nanoseconds(0); }
+
+std::optional<double> Executor::lane_seconds() const {
+  return stopwatch_ ? std::optional(stopwatch_->seconds()) : std::nullopt;
 }
 
 Activity Executor::activity_of(const Instruction& instruction) const {
@@ -185,6 +225,7 @@ void Executor::send(const Instruction& instruction, Message message) {
   if (lanes_) {
     lanes_->sending(instruction, message);
   }
+  totals_.sent_bytes += bytes_of(message);
   send_channels_[instruction.channel]->send(std::move(message));
 }
 
@@ -197,6 +238,7 @@ Message Executor::receive(const Instruction& instruction) {
     throw std::runtime_error("this rank is in " + describe(expected) + ", but the message that came is of " +
                              describe(message.frame) + ": call step() or eval() on every rank alike");
   }
+  totals_.received_bytes += bytes_of(message);
   if (lanes_) {
     lanes_->received(instruction, message);
   }

@@ -9,6 +9,8 @@ namespace {
 constexpr int32_t kLastFlag = 1;
 constexpr int32_t kReleasesFlag = 2;
 constexpr int32_t kDataParallelFlag = 4;
+constexpr int32_t kComputesFlag = 8;
+constexpr int32_t kAllFlags = kLastFlag | kReleasesFlag | kDataParallelFlag | kComputesFlag;
 
 void require(bool holds, size_t instruction, const char* what) {
   if (!holds) {
@@ -18,6 +20,11 @@ void require(bool holds, size_t instruction, const char* what) {
 }
 
 bool within(int32_t value, size_t count) { return value >= 0 && static_cast<size_t>(value) < count; }
+
+bool is_compute(Operation operation) {
+  return operation == Operation::kForward || operation == Operation::kBackward ||
+         operation == Operation::kInputBackward || operation == Operation::kWeightBackward;
+}
 
 bool is_hand_over(Operation operation) {
   return operation == Operation::kHandForward || operation == Operation::kHandBackward;
@@ -43,7 +50,7 @@ std::vector<Instruction> read_program(const std::vector<int32_t>& numbers, const
     const int32_t* n = &numbers[at];
     const size_t i = program.size();
     require(within(n[0], static_cast<size_t>(Operation::kCount)), i, "an operation");
-    require(within(n[1], (kLastFlag | kReleasesFlag | kDataParallelFlag) + 1), i, "flags");
+    require(within(n[1], kAllFlags + 1), i, "flags");
     const auto operation = static_cast<Operation>(n[0]);
     if (operation == Operation::kCall) {
       require(within(n[6], limits.callbacks), i, "a callback");
@@ -67,6 +74,7 @@ std::vector<Instruction> read_program(const std::vector<int32_t>& numbers, const
                        .last = (n[1] & kLastFlag) != 0,
                        .releases_outputs = (n[1] & kReleasesFlag) != 0,
                        .only_data_parallel = (n[1] & kDataParallelFlag) != 0 && n[2] >= 0,
+                       .computes = (n[1] & kComputesFlag) != 0 || is_compute(operation),
                        .stage = n[2],
                        .microbatch = n[3],
                        .edge = n[4],

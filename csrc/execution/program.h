@@ -22,6 +22,8 @@ struct Instruction {
   bool releases_outputs;
   /// A call that is passed over where its stage is not data-parallel.
   bool only_data_parallel;
+  /// Its time is the stage's own work: a forward, a backward, or a call that stands for one.
+  bool computes;
   int32_t stage;
   int32_t microbatch;
   int32_t edge;

@@ -72,6 +72,22 @@ c10::Stream Lanes::compute() const {
   return compute_;
 }
 
+LaneStopwatch::LaneStopwatch(std::shared_ptr<const Lanes> lanes)
+    : lanes_(std::move(lanes)),
+      started_(lanes_->device().type(), c10::EventFlag::BACKEND_DEFAULT),
+      stopped_(lanes_->device().type(), c10::EventFlag::BACKEND_DEFAULT) {}
+
+void LaneStopwatch::start() { started_.record(lanes_->compute()); }
+
+void LaneStopwatch::stop() { stopped_.record(lanes_->compute()); }
+
+double LaneStopwatch::seconds() const {
+  // Some devices have a time only for an event that the host has seen pass.
+  started_.synchronize();
+  stopped_.synchronize();
+  return started_.elapsedTime(stopped_) * 1e-3;
+}
+
 LaneClock::LaneClock(std::shared_ptr<const Lanes> lanes) : lanes_(std::move(lanes)) {}
 
 void LaneClock::begin() {

@@ -80,6 +80,21 @@ class Lanes {
   c10::Stream compute_;
 };
 
+/// How long a step takes on the compute lane: two events a step, which the host waits for only when it is asked.
+class LaneStopwatch {
+ public:
+  explicit LaneStopwatch(std::shared_ptr<const Lanes> lanes);
+  void start();
+  void stop();
+  /// Of the last start and stop, once the device is past it; waits for that. GIL not needed.
+  double seconds() const;
+
+ private:
+  std::shared_ptr<const Lanes> lanes_;
+  c10::Event started_;
+  c10::Event stopped_;
+};
+
 /// The compute lane's clock, for the timeline: moments on the device as host nanoseconds. GIL not needed.
 class LaneClock {
  public:

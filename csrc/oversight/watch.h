@@ -85,6 +85,10 @@ class Watch {
   void set_deadline(double seconds);
   double deadline() const { return deadline_seconds_; }
 
+  /// Adds a wait for another rank that has ended to what all waits took. Any thread.
+  void add_wait(Clock::duration wait) { waited_.fetch_add(wait.count(), std::memory_order_relaxed); }
+  std::chrono::nanoseconds waited() const { return Clock::duration(waited_.load(std::memory_order_relaxed)); }
+
  private:
   struct Process {
     int rank;
@@ -97,6 +101,7 @@ class Watch {
   std::string failure_key_;
   std::string seen_;
   std::atomic<double> deadline_seconds_;
+  std::atomic<Clock::rep> waited_{0};
   std::function<void()> check_signals_;
   std::vector<Process> processes_;
 };

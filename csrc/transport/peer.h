@@ -22,6 +22,7 @@ struct SpinTime {
 /// Calls `sleep(spin)` until `done()`. Between sleeps it looks at the watch, and whether the ranks of this host live:
 /// also one that this rank does not wait for, since somebody does.
 /// `done` is asked after the processes were: one that did its part and ended is no loss.
+/// The watch is told how long it took; a wait that is over before it begins asks no clock.
 template <typename Done, typename Sleep>
 void wait_for_peers(Watch& watch, SpinTime spin, const Done& done, const Sleep& sleep) {
   if (done()) {
@@ -44,6 +45,7 @@ void wait_for_peers(Watch& watch, SpinTime spin, const Done& done, const Sleep& 
     }
     sleep(std::chrono::nanoseconds(0));
   }
+  watch.add_wait(Watch::Clock::now() - since);
 }
 
 }  // namespace pp_runtime

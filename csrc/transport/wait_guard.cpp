@@ -80,10 +80,11 @@ void WaitGuard::run() {
 
 void WaitGuard::wait(const c10::intrusive_ptr<c10d::Work>& work, int peer) {
   bool wakes = false;
+  const auto since = Watch::Clock::now();
   {
     const std::lock_guard lock(mutex_);
     waited_for_ = work;
-    since_ = Watch::Clock::now();
+    since_ = since;
     reason_ = nullptr;
     woken_ = false;
     wakes = idle_;
@@ -111,6 +112,7 @@ void WaitGuard::wait(const c10::intrusive_ptr<c10d::Work>& work, int peer) {
   if (!error.empty()) {
     report_broken_connection(peer, error);
   }
+  watch_->add_wait(Watch::Clock::now() - since);
 }
 
 std::string WaitGuard::wait_between_signals(const c10::intrusive_ptr<c10d::Work>& work) {

@@ -17,7 +17,7 @@ from pp_runtime.orders import Action, ActionType, Placement, ir
 # Operation numbers of csrc/oversight/operation.h
 _COMPUTE = {ir.FORWARD: 0, ir.FULL_BACKWARD: 1, ir.BACKWARD_INPUT: 2, ir.BACKWARD_WEIGHT: 3}
 _SEND_F, _RECV_F, _SEND_B, _RECV_B, _HAND_F, _HAND_B, _CALL = 4, 5, 6, 7, 8, 9, 10
-_LAST, _RELEASES, _ONLY_DATA_PARALLEL = 1, 2, 4
+_LAST, _RELEASES, _ONLY_DATA_PARALLEL, _COMPUTES = 1, 2, 4, 8
 _WITHOUT_OBJECT = (ir.UNSHARD, ir.RESHARD, ir.REDUCE_GRAD)
 
 Handler = Callable[[Action], None]
@@ -136,6 +136,7 @@ class Lowering:
 
     def _call(self, handler: Handler, action: Action, flags: int = 0) -> None:
         stage = action.stage_index if action.stage_index in self._slots else -1
+        flags |= _COMPUTES if action.is_compute_op else 0
         self._emit(_CALL, stage, action.microbatch_index, flags=flags, callback=len(self._lowered.callbacks))
         self._lowered.callbacks.append(partial(handler, action))
         self._lowered.callback_names.append(str(action))

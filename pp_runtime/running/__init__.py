@@ -22,6 +22,7 @@ from pp_runtime.running.gradients import (
     ties_of,
 )
 from pp_runtime.running.meter import Signature, loads_of
+from pp_runtime.running.metrics import PipelineMetrics, StepMetrics, Work
 from pp_runtime.running.peer_memory import MakesPeerMemory, register_peer_memory
 from pp_runtime.running.runtime import Runtime
 from pp_runtime.running.stages import (
@@ -70,13 +71,16 @@ __all__ = [
     "MakesCommunicator",
     "MakesPeerMemory",
     "PipelineGradScaler",
+    "PipelineMetrics",
     "Runtime",
     "Signature",
     "StepGradients",
+    "StepMetrics",
     "TellsRefusals",
     "TensorChunkSpec",
     "TorchStageNames",
     "Values",
+    "Work",
     "Wrapped",
     "_CustomReducer",
     "_LossReducer",

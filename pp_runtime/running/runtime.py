@@ -28,6 +28,7 @@ from pp_runtime.running.channels import OpenChannels, open_channels
 from pp_runtime.running.gradients import TiedGradients, claims_of, data_parallel_handlers, read_claims
 from pp_runtime.running.held_stage import HeldStage
 from pp_runtime.running.meter import Meter, Signature, loads_of
+from pp_runtime.running.metrics import StepMetrics, Work, metrics_of
 from pp_runtime.running.oversight import Lookout, end_of_step
 from pp_runtime.timing import Timeline
 
@@ -88,6 +89,7 @@ class Runtime:
         self._recording = False
         self._deadline = default_deadline()
         self._last: _C.Executor | None = None
+        self._timeline: Timeline | None = None
         self._meter: Meter | None = None
 
     # Steps
@@ -105,12 +107,13 @@ class Runtime:
     ) -> StepResult:
         """Run every microbatch through this rank's part of the order. Raises what failed first, on whichever rank."""
         executor = None
+        self._last = self._timeline = None
         measuring = self._meter is None and training is self._has_backward
         try:
             if measuring:
                 self._set_meter(Meter())
             self._begin()
-            executor = self._last = self._executors[training]
+            executor = self._executors[training]
             executor.run(self._step, arg_mbs, kwarg_mbs, target_mbs, loss_fn, loss_kwargs, training, return_outputs)
             if training and self._tied:
                 self._tied.reduce()
@@ -119,6 +122,7 @@ class Runtime:
         finally:
             if measuring:
                 self._set_meter(None)
+        self._last = executor
         self._step += 1
         if self._lookout is not None:
             self._lookout.step_ended()
@@ -170,8 +174,19 @@ class Runtime:
 
     def timeline(self) -> Timeline:
         """What this rank did in its last step."""
-        records = [] if self._last is None else self._last.take_trace()
-        return Timeline.from_records(self._rank, [record for record in records if "HAND_" not in record[0]])
+        if self._timeline is None:
+            records = [] if self._last is None else self._last.take_trace()
+            actions = [record for record in records if "HAND_" not in record[0]]
+            self._timeline = Timeline.from_records(self._rank, actions)
+        return self._timeline
+
+    # Metrics
+
+    def metrics(self, work: Work) -> StepMetrics | None:
+        """What this rank's last step took; None before the first one, and where it failed."""
+        if self._last is None or self._agreement is None:
+            return None
+        return metrics_of(self._last, self.timeline, work, rank=self._rank, ranks=self._agreement.size)
 
     # Memory
 
@@ -281,6 +296,7 @@ class Runtime:
             channels.confirmation,
             None if channels.lookout is None else channels.lookout.board,
             channels.lanes,
+            None if self._agreement is None else self._agreement.watch,
         )
         executor.set_recording(self._recording)
         return executor

@@ -18,7 +18,9 @@ from pp_runtime.running import (
     Runtime,
     Signature,
     StepGradients,
+    StepMetrics,
     TellsRefusals,
+    Work,
     checked_deadline,
     default_deadline,
     refuse_for,
@@ -74,6 +76,7 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitia
 
         self._order_has_backward = True
         self._record_timeline = False
+        self._step_failed = False
         self._deadline = default_deadline()
 
     def step(
@@ -188,6 +191,8 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitia
             self._end_custom_step()
             if runtime.over():
                 self._runtime = None  # a failed step ends its runtime on every rank
+                self._step_failed = True
+        self._step_failed = False
         self._forget_order()
         if not training:
             self._free_gathered_weights()
@@ -278,11 +283,12 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitia
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes a runtime of its own.
-        return self.__dict__ | {"_runtime": None}
+        return self.__dict__ | {"_runtime": None, "_step_failed": False}
 
     def _refuse_step(self, error: Exception) -> None:
         """Tell the ranks that this one will not take part in the step, so that they raise and do not wait."""
         runtime, self._runtime = self._runtime, None
+        self._step_failed = True
         if runtime is not None and runtime.began():
             # The error itself is what its user must see, also if the others cannot be told.
             with contextlib.suppress(Exception):
@@ -346,6 +352,27 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitia
         if self._runtime is None:
             raise PipelineModeError("there is no timeline before the first step")
         return self._runtime.timeline()
+
+    def metrics(
+        self, *, tokens: float | None = None, flops: float | None = None, peak_flops: float | None = None
+    ) -> StepMetrics:
+        """What the last ``step()`` or ``eval()`` took on this rank: time, compute, waiting, bubble, bytes. Always on.
+
+        Told the ``tokens`` of the batch it knows tokens a second; told the ``flops`` of the whole model in the step
+        (forward and backward, such as ``6 * parameters * tokens``) and the ``peak_flops`` a second of one rank's
+        device, their utilisation. Asks no other rank: ``gather()`` of what it returns does. On an accelerator it waits
+        until the step has ended there, so ask only where it is logged. PipelineModeError before the first step, and
+        where the last one failed.
+        """
+        work = Work(tokens, flops, peak_flops)
+        found = None if self._runtime is None else self._runtime.metrics(work)
+        if found is None:
+            raise PipelineModeError(
+                "the last step failed, so there are no metrics of it: call metrics() after a step that ended"
+                if self._step_failed
+                else "there are no metrics before the first step: call step() or eval(), then metrics()"
+            )
+        return found
 
     def memory_report(self, signature: Signature | None = None) -> MemoryReport:
         """What the messages of a step take on each rank: slots, bytes, inputs kept, and what torch would hold.

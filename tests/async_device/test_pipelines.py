@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pp_runtime import StepMetrics
 from tests.async_device import device
-from tests.helpers import api, models, reference
+from tests.helpers import api, device_cases, models, reference
 from tests.helpers.failures import PROMPT, Met, meet
 from tests.helpers.pipelines import (
     EVERY_SCHEDULE,
@@ -115,6 +116,29 @@ def _keep(rank: int, schedules: list[str]) -> list[str]:
 
 def test_received_tensors_that_are_kept_are_never_overwritten() -> None:
     assert device.run(_keep, 2, schedules=["GPipe", "1F1B", "ZB1P"]) == [[], []]
+
+
+CYCLES, BUSY_S = 30_000_000, 0.02  # of one forward, about
+
+
+def _metrics(rank: int) -> list[StepMetrics]:
+    sim = torch.device("sim", 0)
+    stage = api.PipelineStage(device_cases.Slow(CYCLES).to(sim), rank, 2, sim)
+    schedule = make_schedule("1F1B", [stage], 3, nn.functional.mse_loss)
+    rows = torch.randn(6, device_cases.WIDTH, device=sim)
+    found = []
+    for recorded in (False, False, True):
+        schedule.record_timeline = recorded
+        step(schedule, [stage], reference.Batch((rows,), rows))
+        found.append(schedule.metrics())
+    return found
+
+
+def test_metrics_are_of_the_device_and_not_of_the_host_that_runs_ahead() -> None:
+    for _, unrecorded, recorded in device.run(_metrics, 2):
+        assert unrecorded.step_s >= 3 * BUSY_S > unrecorded.host_step_s - unrecorded.host_waiting_s
+        assert unrecorded.compute_s is None and unrecorded.waiting_s is None
+        assert 3 * BUSY_S <= recorded.compute_s <= recorded.step_s
 
 
 def _train_with_users_functions(rank: int, schedules: list[str]) -> list[str]:

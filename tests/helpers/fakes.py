@@ -105,6 +105,9 @@ class FakeRuntime:
     def timeline(self) -> str:
         return "timeline"
 
+    def metrics(self, work: Any) -> str | None:
+        return f"metrics of {work.tokens} tokens" if self.steps else None
+
     def _own_actions(self) -> list[Action]:
         return self.order[self.stages[0].group_rank]
 

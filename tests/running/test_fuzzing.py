@@ -50,7 +50,7 @@ def _executor(numbers: list[int]) -> _C.Executor:
 
     callbacks = _C.StageCallbacks(forward=nothing, flatten=nothing, unflatten=nothing)
     stages = [_C.Stage(index, index == 0, index == 1, callbacks) for index in range(2)]
-    return _C.Executor(numbers, stages, [_C.Edge(0, 1)], [], [], [nothing], ["0UNSHARD"], 3, None, None, None)
+    return _C.Executor(numbers, stages, [_C.Edge(0, 1)], [], [], [nothing], ["0UNSHARD"], 3, None, None, None, None)
 
 
 _numbers = st.integers(-3, 5) | st.sampled_from([2**31 - 1, -(2**31), 10, 11, 255, 256])
@@ -77,7 +77,7 @@ def test_every_number_of_an_instruction_has_its_bounds() -> None:
     send, receive, hand, call = 4, 5, 8, 10
     good = [0, 3, 1, 2, 0, 0, 0]
     _executor(good)
-    for place, value in [(0, -1), (0, 11), (1, 8), (2, 2), (2, -1), (3, 3), (3, -1)]:
+    for place, value in [(0, -1), (0, 11), (1, 16), (2, 2), (2, -1), (3, 3), (3, -1)]:
         with pytest.raises(ValueError, match="instruction 0 has"):
             _executor([*good[:place], value, *good[place + 1 :]])
     for numbers in (

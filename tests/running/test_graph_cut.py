@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import fx
 
 from pp_runtime.running.compiled.graph_cut import RUN_COST, CannotCut, Cut, cut
-from pp_runtime.running.compiled.operations import bytes_of, is_view, may_run_twice
+from pp_runtime.running.compiled.operations import bytes_of, draws_random_numbers, is_view, may_run_twice
 from tests.helpers import api
 
 pytestmark = api.ours_only("has no cut")
@@ -162,3 +162,13 @@ def test_what_cannot_be_cut_is_said(target: Any, words: str) -> None:
 
     with pytest.raises(CannotCut, match=words):
         cut(graph_of(build), {1})
+
+
+@pytest.mark.parametrize("dropped", [0.0, 0.1])
+def test_attention_draws_random_numbers_where_something_is_dropped(dropped: float) -> None:
+    graph = fx.Graph()
+    q = graph.placeholder("q")
+    attention = aten._scaled_dot_product_flash_attention_for_cpu.default
+    assert draws_random_numbers(graph.call_function(attention, (q, q, q, dropped))) == (dropped > 0)
+    assert draws_random_numbers(graph.call_function(attention, (q, q, q), {"dropout_p": dropped})) == (dropped > 0)
+    assert not draws_random_numbers(graph.call_function(attention, (q, q, q)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 import weakref
@@ -216,6 +217,22 @@ def test_timeline_is_passed_through() -> None:
     x = torch.randn(4, 3)
     schedule.step(x, target=x)
     assert schedule.timeline() == "timeline" and FakeRuntime.made[0].record_timeline
+
+
+def test_metrics_are_of_the_last_step_if_that_ended() -> None:
+    schedule, x = one_rank(), torch.randn(4, 3)
+    with pytest.raises(PipelineModeError, match="no metrics before the first step"):
+        schedule.metrics()
+    schedule.step(x, target=x)
+    assert schedule.metrics(tokens=4) == "metrics of 4 tokens"
+    with pytest.raises(PipelineUsageError, match="not both"):
+        schedule.step(x, target=x, arg_mbs=[(x,)])
+    with pytest.raises(PipelineModeError, match="the last step failed"):
+        schedule.metrics()
+    with pytest.raises(PipelineModeError, match="no metrics before the first step"):
+        copy.copy(schedule).metrics()
+    schedule.step(x, target=x)
+    assert schedule.metrics(tokens=8) == "metrics of 8 tokens"
 
 
 def test_a_dropped_schedule_is_freed_at_once() -> None:

@@ -98,6 +98,18 @@ def may_run_twice(node: fx.Node) -> bool:
     return is_view(node) or torch.Tag.pointwise in target.tags or name_of(node) in CHEAP
 
 
+def draws_random_numbers(node: fx.Node) -> bool:
+    """Attention says that it may, and does not where nothing is dropped."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    for position, argument in enumerate(target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = node.args[position] if position < len(node.args) else argument.default_value
+            return node.kwargs.get("dropout_p", given) != 0.0
+    return True
+
+
 def objection_to(node: fx.Node) -> str | None:
     """Why a graph with this node is not cut, or None."""
     if node.op == "call_module" or node.op == "call_method":
@@ -106,7 +118,7 @@ def objection_to(node: fx.Node) -> str | None:
     if isinstance(target, torch._ops.OpOverload):
         if target._schema.is_mutable and name_of(node) not in _WAITS:
             return f"{target} writes into its arguments"
-        if torch.Tag.nondeterministic_seeded in target.tags:
+        if draws_random_numbers(node):
             return f"{target} draws random numbers"
     elif isinstance(target, torch._ops.HigherOrderOperator):
         name = target.name()
