@@ -106,7 +106,7 @@ def draws_random_numbers(node: fx.Node) -> bool:
     for position, argument in enumerate(target._schema.arguments):
         if argument.name == "dropout_p":
             given = node.args[position] if position < len(node.args) else argument.default_value
-            return node.kwargs.get("dropout_p", given) != 0.0
+            return bool(node.kwargs.get("dropout_p", given) != 0.0)
     return True
 
 
