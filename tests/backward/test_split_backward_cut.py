@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +27,7 @@ from tests.helpers.compiled_models import CUT, WIDTH, CheckpointedLayers, Layers
 
 pytestmark = api.ours_only("refuses compiled stages in split backwards")
 
+ROOT = Path(__file__).resolve().parents[2]
 EAGER = {"compiler": "aot_eager"}
 
 
@@ -370,3 +375,35 @@ def test_inductor_compiles_the_halves_too(name: str, logged: Callable[[], list[s
     for run in (split, whole, split):
         assert_same(whole(plain, inputs), run(model, inputs), exact=False)
     assert ["is cut" in line for line in logged()] == [True]
+
+
+CACHED = """
+import torch
+from torch._dynamo.utils import counters
+from pp_runtime._backward import stage_backward_input, stage_backward_weight
+from tests.helpers.compiled_models import ManyNorms, WIDTH
+
+torch.manual_seed(0)
+model = ManyNorms()
+model.compile(backend="pp_runtime")
+for split in (True, False):
+    x = torch.ones(4, WIDTH, requires_grad=True)
+    output = model(x)
+    if split:
+        groups = stage_backward_input([output], [torch.ones_like(output)], [x], model.parameters())[1]
+        stage_backward_weight(model.parameters(), groups)
+    else:
+        output.sum().backward()
+print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+"""
+
+
+def test_the_compilers_cache_on_disk_serves_all_four_graphs(tmp_path: Path) -> None:
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    counted = [
+        subprocess.run(
+            [sys.executable, "-c", CACHED], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=110
+        )
+        for _ in range(2)
+    ]
+    assert [run.stdout.split() for run in counted] == [["0", "4"], ["4", "0"]], counted[-1].stderr[-2000:]
