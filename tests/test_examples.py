@@ -129,6 +129,15 @@ def test_training_on_ones_own_text(tmp_path: Path) -> None:
     assert all(map(math.isfinite, losses_in(tmp_path)))
 
 
+@pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
+def test_fine_tuning_changes_what_learns_as_the_unsplit_model_does(schedule: str) -> None:
+    pytest.importorskip("transformers")
+    printed = torchrun(2, "finetune_hf.py", "--check", "--steps", 4, "--schedule", schedule)
+    assert printed.count("equals the unsplit model's training, and the base is as it was") == 2
+    losses = [float(loss) for loss in re.search(r"losses: (.*)", printed)[1].split()]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+
+
 def test_the_benchmark_measures_both_libraries(tmp_path: Path) -> None:
     flags = ["--rounds", 2, "--sizes", "linear", "--schedules", "1F1B", "ZB1P", "--microbatches", 4]
     run_python(ROOT / "benchmarks" / "step_time.py", *flags, "--csv", tmp_path / "a.csv", "--png", tmp_path / "a.png")
