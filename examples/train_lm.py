@@ -11,133 +11,128 @@ with NCCL where every rank has a GPU, else on CPUs with gloo. Checkpoints have t
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 from lm import checkpoints
 from lm.history import History
-from lm.model import ModelConfig, token_loss
+from lm.model import LanguageModel, ModelConfig, token_loss
 from lm.optimisation import learning_rate, make_adamw
-from lm.stages import SCHEDULES, Rank, build_stages
 from lm.text import VOCABULARY, Corpus, bits
-from pp_runtime import clip_grad_norm_
-from pp_runtime.schedules import PipelineScheduleMulti, get_schedule_class
+from pp_runtime import BuiltPipeline, build_pipeline
+from pp_runtime.orders import ORDERS
+
+SCHEDULES = tuple(name for name, spec in ORDERS.items() if not spec.forward_only)
 
 
-class Trainer:
-    """One rank's share of the training: its stages, their optimizer, and the schedule over all ranks."""
+def join() -> torch.device:
+    """Join the ranks that torchrun started: CUDA and NCCL where each has a GPU of its own, else CPU and gloo."""
+    if "RANK" not in os.environ:
+        raise SystemExit("Start this with torchrun: torchrun --nproc_per_node 2 examples/train_lm.py")
+    device = torch.device("cpu")
+    if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
 
-    def __init__(self, flags: argparse.Namespace, rank: Rank) -> None:
-        self.flags = flags
-        self.rank = rank
-        self.corpus = Corpus.read(flags.data, flags.data_limit)
-        config = ModelConfig(VOCABULARY, flags.length, flags.width, flags.layers, flags.heads, flags.dropout)
-        self.stages = build_stages(rank, flags.schedule, flags.stages_per_rank, config)
-        self.modules = [stage.submod for stage in self.stages]
-        self.has_first = any(stage.is_first for stage in self.stages)
-        self.has_last = any(stage.is_last for stage in self.stages)
-        schedule_class = get_schedule_class(flags.schedule)
-        takes_many = issubclass(schedule_class, PipelineScheduleMulti)
-        self.schedule = schedule_class(
-            self.stages if takes_many else self.stages[0], flags.microbatches, loss_fn=token_loss
-        )
-        self.optimizer = make_adamw(self.modules, flags.rate, flags.decay)
 
-    def train_step(self, step: int) -> float:
-        """Forward, backward, clip, update; the mean loss where the last stage is, else nan."""
-        for module in self.modules:
-            module.train()
-        x, y = self.corpus.batch(step, self.flags.batch, self.flags.length)
-        args, targets, losses = self._handed_in(x, y)
-        self.schedule.step(*args, target=targets, losses=losses, return_outputs=False)
-        clip_grad_norm_(self.stages, self.flags.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.flags.steps, self.flags.rate, self.flags.warmup)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return _mean(losses)
-
-    def validate(self) -> float:
-        """The mean loss over the fixed validation batches where the last stage is, else nan."""
-        for module in self.modules:
-            module.eval()
-        losses: list[torch.Tensor] = []
-        for index in range(self.flags.validation_batches):
-            x, y = self.corpus.validation_batch(index, self.flags.batch, self.flags.length)
-            args, targets, batch_losses = self._handed_in(x, y)
-            self.schedule.eval(*args, target=targets, losses=batch_losses)
-            losses += batch_losses or []
-        return _mean(losses)
-
-    def _handed_in(
-        self, x: torch.Tensor, y: torch.Tensor
-    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None, list[torch.Tensor] | None]:
-        """What this rank hands the schedule: tokens to the first stage, targets and a list for losses to the last."""
-        args = (x.to(self.rank.device),) if self.has_first else ()
-        return args, y.to(self.rank.device) if self.has_last else None, [] if self.has_last else None
+def build(flags: argparse.Namespace, device: torch.device) -> BuiltPipeline:
+    """The model, the same on every rank, and of it this rank's share."""
+    model = LanguageModel(ModelConfig(VOCABULARY, flags.length, flags.width, flags.layers, flags.heads, flags.dropout))
+    model.initialise(seed=0, layers=flags.layers)
+    return build_pipeline(
+        model,
+        flags.schedule,
+        microbatches=flags.microbatches,
+        loss_fn=token_loss,
+        example=(torch.zeros(1, flags.length, dtype=torch.long),),
+        device=device,
+        num_stages=flags.stages_per_rank and flags.stages_per_rank * dist.get_world_size(),
+    )
 
 
 def train(flags: argparse.Namespace) -> None:
     """Train from the start, or from the newest checkpoint, to the last step."""
-    rank = Rank.join()
-    trainer = Trainer(flags, rank)
-    folder = flags.output / "checkpoints"
-    begin = resume(trainer, folder) if flags.resume else 0
-    entropy = trainer.corpus.unigram_entropy()
+    device = join()
+    corpus, pipeline = Corpus.read(flags.data, flags.data_limit), build(flags, device)
+    optimizer = make_adamw(pipeline.parameters(), flags.rate, flags.decay)
+    folder, sizes = flags.output / "checkpoints", (flags.batch, flags.length)
+    begin = resume(folder, pipeline, optimizer, flags.steps) if flags.resume else 0
+    entropy = corpus.unigram_entropy()
     # The loss is known where the last stage is, so that rank keeps the history and talks.
-    history = History(flags.output / "losses.jsonl", begin) if trainer.has_last else None
+    history = History(flags.output / "losses.jsonl", begin) if pipeline.holds_last else None
     if history is not None:
-        print(
-            f"{rank.count} ranks on {rank.device.type}, {flags.schedule}, {flags.microbatches} microbatches; "
-            f"{len(trainer.corpus.training):,} bytes to learn, unigram entropy {entropy:.3f} nats a byte",
-            flush=True,
-        )
-    tokens = flags.batch * flags.length
-    bar = progress_bar(begin * tokens, flags.steps * tokens, shown=trainer.has_last)
+        learnt = f"{len(corpus.training):,} bytes to learn, unigram entropy {entropy:.3f} nats a byte"
+        print(f"{pipeline.report()}\non {device.type}; {learnt}", flush=True)
+    bar = progress_bar(begin, flags, shown=pipeline.holds_last)
     for step in range(begin, flags.steps):
+        done = step + 1
+        is_last = done == flags.steps
         # The timeline is recorded in the last step, when nothing is new any more.
-        trainer.schedule.record_timeline = step == flags.steps - 1
-        loss, done = trainer.train_step(step), step + 1
+        pipeline.schedule.record_timeline = is_last
+        pipeline.train()
+        loss = mean_loss(pipeline.step, [corpus.batch(step, *sizes)], device, return_outputs=False)
+        pipeline.clip_grad_norm_(flags.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, flags.steps, flags.rate, flags.warmup)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        bar.update(flags.batch * flags.length)
         if history is not None:
             history.add(done, loss=loss)
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        bar.update(tokens)
-        if done == flags.steps:
-            timeline = trainer.schedule.timeline().gather()
-            if trainer.has_last:
-                timeline.save_png(flags.output / "timeline.png")
-        if done == flags.steps or done % flags.validate_every == 0:
-            validation = trainer.validate()
+        if is_last:
+            timeline = pipeline.schedule.timeline().gather()
+        if is_last or done % flags.validate_every == 0:
+            pipeline.train(False)
+            batches = [corpus.validation_batch(index, *sizes) for index in range(flags.validation_batches)]
+            validation = mean_loss(pipeline.eval, batches, device)
             if history is not None:
                 history.add(done, validation_loss=validation)
-        if done == flags.steps or (flags.save_every and done % flags.save_every == 0):
-            checkpoints.save(folder, done, trainer.modules, trainer.optimizer)
+        if is_last or (flags.save_every and done % flags.save_every == 0):
+            checkpoints.save(folder, done, pipeline, optimizer)
     bar.close()
     if history is not None:
+        timeline.save_png(flags.output / "timeline.png")
         history.save_png(flags.output / "loss.png", entropy)
         report(history, entropy, flags.output)
     dist.destroy_process_group()
 
 
-def resume(trainer: Trainer, folder: Path) -> int:
+def mean_loss(run: Callable, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, **options: bool) -> float:
+    """Run batches through the pipeline; their mean loss where the last stage is, else nan."""
+    losses: list[Tensor] = []
+    for x, y in batches:
+        of_batch: list[Tensor] = []
+        run(x.to(device), target=y.to(device), losses=of_batch, **options)
+        losses += of_batch
+    return torch.stack(losses).mean().item() if losses else float("nan")
+
+
+def resume(folder: Path, pipeline: BuiltPipeline, optimizer: torch.optim.Optimizer, steps: int) -> int:
     """Load the newest checkpoint and return its step."""
     path = checkpoints.newest(folder)
     if path is None:
         raise SystemExit(f"--resume: there is no checkpoint under {folder}.")
-    step = checkpoints.load(path, trainer.modules, trainer.optimizer)
-    if step >= trainer.flags.steps:
+    step = checkpoints.load(path, pipeline, optimizer)
+    if step >= steps:
         raise SystemExit(f"--resume: {path} has done {step} steps already; give --steps more than that.")
     return step
 
 
-def progress_bar(done: int, total: int, *, shown: bool) -> tqdm:
+def progress_bar(done: int, flags: argparse.Namespace, *, shown: bool) -> tqdm:
     """Tokens learnt, and how many a second; without a terminal a line every few seconds is enough."""
-    seconds = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(initial=done, total=total, unit="tok", unit_scale=True, mininterval=seconds, disable=not shown)
+    seconds, tokens = 0.2 if sys.stderr.isatty() else 10.0, flags.batch * flags.length
+    sizes = {"initial": done * tokens, "total": flags.steps * tokens, "unit": "tok", "unit_scale": True}
+    return tqdm(**sizes, mininterval=seconds, disable=not shown)
 
 
 def report(history: History, entropy: float, output: Path) -> None:
@@ -149,10 +144,6 @@ def report(history: History, entropy: float, output: Path) -> None:
         f"{output}: loss.png, timeline.png, losses.jsonl, checkpoints/",
         flush=True,
     )
-
-
-def _mean(losses: list[torch.Tensor] | None) -> float:
-    return torch.stack(losses).mean().item() if losses else float("nan")
 
 
 def parse_flags() -> argparse.Namespace:

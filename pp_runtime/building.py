@@ -22,6 +22,10 @@ from pp_runtime.splitting import (
 )
 from pp_runtime.stage import PipelineStage
 
+_OF_ALL = ("return_outputs",)
+_OF_LAST = ("target", "target_mbs", "losses", "loss_kwargs")
+"""Which keywords of a step are for every rank, and for the last stage's; the others go in with the model's inputs."""
+
 
 class BuiltPipeline:
     """A rank's part of a pipeline: its stages under their schedule. Made by :func:`build_pipeline`.
@@ -50,21 +54,26 @@ class BuiltPipeline:
         """Whether outputs and losses come out on this rank."""
         return any(stage.is_last for stage in self.stages)
 
-    def step(self, *args: Any, target: Any = None, losses: list[Tensor] | None = None, **kwargs: Any) -> Any:
+    def step(self, *args: Any, **named: Any) -> Any:
         """One batch forward and backward. Every rank may give everything; each stage takes what is its own.
 
+        ``args`` and the model's keywords go in on the rank of the first stage, ``target`` on that of the last, and all
+        else is as in the schedule's ``step``: ``losses``, ``return_outputs``, ``loss_kwargs``, the parts already cut.
         Returns the batch's output on the rank of the last stage, None elsewhere; ``losses`` is filled there.
         """
-        return self._run(self.schedule.step, args, target, losses, kwargs)
+        return self._run(self.schedule.step, args, named)
 
-    def eval(self, *args: Any, target: Any = None, losses: list[Tensor] | None = None, **kwargs: Any) -> Any:
+    def eval(self, *args: Any, **named: Any) -> Any:
         """One batch forward. As ``step``; a target may be left out."""
-        return self._run(self.schedule.eval, args, target, losses, kwargs)
+        return self._run(self.schedule.eval, args, named)
 
-    def _run(self, run: Callable[..., Any], args: Any, target: Any, losses: Any, kwargs: Mapping[str, Any]) -> Any:
-        given = kwargs if self.holds_first else {}
-        of_last = {"target": target, "losses": losses} if self.holds_last else {}
-        return run(*(args if self.holds_first else ()), **of_last, **given)
+    def _run(self, run: Callable[..., Any], args: Any, named: Mapping[str, Any]) -> Any:
+        taken = {
+            name: value
+            for name, value in named.items()
+            if name in _OF_ALL or (self.holds_last if name in _OF_LAST else self.holds_first)
+        }
+        return run(*(args if self.holds_first else ()), **taken)
 
     def train(self, mode: bool = True) -> None:
         """Put the stages' modules into training mode, or out of it."""

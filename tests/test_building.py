@@ -83,6 +83,35 @@ def test_training_equals_the_unsplit_model(name: str, schedule: str, options: di
     assert results == [[], []], results
 
 
+def weighted_loss(output: Any, target: Tensor, weight: float = 1.0) -> Tensor:
+    return weight * loss_of(output, target)
+
+
+def _options(rank: int) -> list[bool]:
+    torch.manual_seed(0)
+    tokens = inputs_of("Llama", 8)
+    built = build_pipeline(MODELS["Llama"]().eval(), microbatches=4, loss_fn=weighted_loss, example=(tokens[:1],))
+    plain: list[Tensor] = []
+    weighted: list[Tensor] = []
+    cut: list[Tensor] = []
+    outputs = [
+        built.step(tokens, target=tokens, losses=plain),
+        built.step(tokens, target=tokens, losses=weighted, loss_kwargs={"weight": 2.0}, return_outputs=False),
+    ]
+    parts = list(tokens.chunk(4))
+    built.step(arg_mbs=[(part,) for part in parts], target_mbs=parts, losses=cut)
+    if not built.holds_last:
+        return [outputs == [None, None] and not (plain or weighted or cut)]
+    same, doubled = torch.stack(cut), torch.stack(weighted)
+    return [outputs[0] is not None, outputs[1] is None, *(torch.stack(plain) == same), *(doubled == 2 * same)]
+
+
+def test_the_options_of_a_step_reach_the_ranks_that_they_are_for() -> None:
+    first, last = ranks.run(_options, 2, timeout=60)
+    assert first == [True]
+    assert all(last), last
+
+
 def _write(rank: int, folder: str) -> None:
     built, _ = build("Llama, tied", "ZBVZeroBubble")
     tokens = inputs_of("Llama", 8)

@@ -19,6 +19,7 @@ from lm.history import History
 from lm.model import LanguageModel, ModelConfig, token_loss
 from lm.optimisation import learning_rate
 from lm.text import Corpus
+from pp_runtime import layer_modules
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--width 32 --length 32 --batch 12 --layers 4 --data-limit 300000 --validation-batches 1 --warmup 2".split()
@@ -128,6 +129,15 @@ def test_training_on_ones_own_text(tmp_path: Path) -> None:
     assert all(map(math.isfinite, losses_in(tmp_path)))
 
 
+@pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
+def test_fine_tuning_changes_what_learns_as_the_unsplit_model_does(schedule: str) -> None:
+    pytest.importorskip("transformers")
+    printed = torchrun(2, "finetune_hf.py", "--check", "--steps", 4, "--schedule", schedule)
+    assert printed.count("equals the unsplit model's training, and the base is as it was") == 2
+    losses = [float(loss) for loss in re.search(r"losses: (.*)", printed)[1].split()]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+
+
 def test_the_benchmark_measures_both_libraries(tmp_path: Path) -> None:
     flags = ["--rounds", 2, "--sizes", "linear", "--schedules", "1F1B", "ZB1P", "--microbatches", 4]
     run_python(ROOT / "benchmarks" / "step_time.py", *flags, "--csv", tmp_path / "a.csv", "--png", tmp_path / "a.png")
@@ -147,13 +157,21 @@ def test_the_checks_of_a_step_cost_next_to_nothing() -> None:
 
 def test_stages_together_are_the_model() -> None:
     whole = LanguageModel(CONFIG)
-    parts = [LanguageModel(CONFIG, 0, 1), LanguageModel(CONFIG, 1, 4)]
-    for model in (whole, *parts):
-        model.initialise(seed=0, layers=CONFIG.layers)
-    state = {name: value for part in parts for name, value in part.state_dict().items()}
-    assert state.keys() == whole.state_dict().keys()
+    whole.initialise(seed=0, layers=CONFIG.layers)
     tokens = torch.arange(64).view(2, 32)
+    parts = [module for module, _ in layer_modules(whole, [1, 3], [0, 1], (tokens[:1],)).values()]
+    states = [part.state_dict() for part in parts]
+    assert not states[0].keys() & states[1].keys()
+    assert states[0].keys() | states[1].keys() == whole.state_dict().keys()
     torch.testing.assert_close(parts[1](parts[0](tokens)), whole(tokens), rtol=0, atol=0)
+
+
+def test_a_model_is_the_same_whatever_was_drawn_before() -> None:
+    models = [LanguageModel(CONFIG) for _ in range(2)]
+    for model in models:
+        torch.rand(1)
+        model.initialise(seed=0, layers=CONFIG.layers)
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=0)
 
 
 def test_a_batch_depends_on_its_step_alone() -> None:

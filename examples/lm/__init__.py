@@ -1,1 +1,1 @@
-"""The parts of examples/train_lm.py: text, model, stages, optimisation, checkpoints, pictures."""
+"""The parts of examples/train_lm.py: text, model, optimisation, checkpoints, pictures."""

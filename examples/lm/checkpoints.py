@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+
+from pp_runtime import BuiltPipeline
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -17,23 +18,23 @@ def newest(folder: Path) -> Path | None:
     return max((path.parent for path in folder.glob("step-*/.metadata")), default=None)
 
 
-def save(folder: Path, step: int, modules: list[nn.Module], optimizer: torch.optim.Optimizer) -> Path:
+def save(folder: Path, step: int, pipeline: BuiltPipeline, optimizer: torch.optim.Optimizer) -> Path:
     """Write what all ranks hold; a collective call. Each rank writes its own parameters."""
     path = folder / f"step-{step:08d}"
-    dcp.save(_state(step, modules, optimizer), checkpoint_id=path)
+    dcp.save(_state(step, pipeline, optimizer), checkpoint_id=path)
     return path
 
 
-def load(path: Path, modules: list[nn.Module], optimizer: torch.optim.Optimizer) -> int:
+def load(path: Path, pipeline: BuiltPipeline, optimizer: torch.optim.Optimizer) -> int:
     """Fill this rank's parameters and moments, whoever wrote them, and return the step; a collective call."""
-    state = _state(0, modules, optimizer)
+    state = _state(0, pipeline, optimizer)
     dcp.load(state, checkpoint_id=path)
     return int(state["step"])
 
 
-def _state(step: int, modules: list[nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _state(step: int, pipeline: BuiltPipeline, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The tensors themselves, by name; moments that do not exist yet are made, so that loading can fill them."""
-    named = {name: parameter for module in modules for name, parameter in module.named_parameters()}
+    named = dict(pipeline.named_parameters())
     for parameter in named.values():
         moments = optimizer.state[parameter]
         if not moments:
@@ -41,6 +42,6 @@ def _state(step: int, modules: list[nn.Module], optimizer: torch.optim.Optimizer
             moments.update({name: torch.zeros_like(parameter) for name in _MOMENTS})
     return {
         "step": step,
-        "model": {name: parameter.detach() for name, parameter in named.items()},
+        "model": pipeline,
         "optimizer": {name: optimizer.state[parameter] for name, parameter in named.items()},
     }

@@ -1,4 +1,4 @@
-"""A decoder-only transformer that can be built whole or as any run of its layers, with the same parameter names."""
+"""A decoder-only transformer: a plain model, which knows nothing of pipelines."""
 
 from __future__ import annotations
 
@@ -49,31 +49,26 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """The layers `first <= i < end`; with layer 0 come the embeddings, with the last layer the head."""
+    """Embeddings, a row of blocks, and a head. After the blocks only modules are called, so it can be cut as it is."""
 
-    def __init__(self, config: ModelConfig, first: int = 0, end: int | None = None) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        end = config.layers if end is None else end
-        self.embedding = nn.Embedding(config.vocabulary, config.width) if first == 0 else None
-        self.positions = nn.Embedding(config.length, config.width) if first == 0 else None
-        # A dict, so that layer 3 is `blocks.3` in whatever stage it stands.
-        self.blocks = nn.ModuleDict({str(i): Block(config) for i in range(first, end)})
-        self.norm = nn.LayerNorm(config.width) if end == config.layers else None
-        self.head = nn.Linear(config.width, config.vocabulary, bias=False) if end == config.layers else None
+        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.positions = nn.Embedding(config.length, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, config.vocabulary, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens [rows, length] or the activations of the stage before, to activations or logits."""
-        if self.embedding is not None and self.positions is not None:
-            x = self.embedding(x) + self.positions(torch.arange(x.shape[1], device=x.device))
-        for block in self.blocks.values():
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, length, vocabulary] of tokens [rows, length]."""
+        x = self.embedding(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+        for block in self.blocks:
             x = block(x)
-        if self.norm is not None and self.head is not None:
-            x = self.head(self.norm(x))
-        return x
+        return self.head(self.norm(x))
 
     @torch.no_grad()
     def initialise(self, seed: int, layers: int) -> None:
-        """Draw every parameter from a generator of its own, so that a model is the same however it is split."""
+        """Draw every parameter from a generator of its own: the same on every rank, whatever was drawn before."""
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
                 parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)

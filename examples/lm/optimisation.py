@@ -1,19 +1,20 @@
-"""AdamW over the stages of one rank, and a learning rate that warms up and falls."""
+"""AdamW over the parameters of one rank, and a learning rate that warms up and falls."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 
-def make_adamw(modules: list[nn.Module], rate: float, decay: float) -> torch.optim.AdamW:
+def make_adamw(parameters: Iterable[nn.Parameter], rate: float, decay: float) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only."""
-    parameters = [parameter for module in modules for parameter in module.parameters()]
+    listed = list(parameters)
     groups = [
-        {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": decay},
-        {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
+        {"params": [parameter for parameter in listed if parameter.dim() >= 2], "weight_decay": decay},
+        {"params": [parameter for parameter in listed if parameter.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=rate, betas=(0.9, 0.95))
 
