@@ -138,6 +138,13 @@ def test_fine_tuning_changes_what_learns_as_the_unsplit_model_does(schedule: str
     assert len(losses) == 4 and losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
+def test_pipelines_of_sharded_stages_train_as_the_unsplit_model_does(schedule: str) -> None:
+    printed = torchrun(4, "fsdp.py", "--check", "--steps", 3, "--schedule", schedule)
+    assert printed.count("equals the unsplit model's training") == 4
+    assert {"losses of replica 0", "losses of replica 1"} <= set(re.findall(r"losses of replica \d", printed))
+
+
 def test_the_benchmark_measures_both_libraries(tmp_path: Path) -> None:
     flags = ["--rounds", 2, "--sizes", "linear", "--schedules", "1F1B", "ZB1P", "--microbatches", 4]
     run_python(ROOT / "benchmarks" / "step_time.py", *flags, "--csv", tmp_path / "a.csv", "--png", tmp_path / "a.png")
