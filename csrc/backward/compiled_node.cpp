@@ -16,10 +16,7 @@ bool is_compiled_region(const torch::autograd::Node& node) {
 
 variable_list CompiledNode::apply(variable_list&& gradients) {
   if (in_weight_half()) {
-    variable_list weight_gradients = halves_->weight_gradients();
-    follow_own_paths(weight_gradients);
-    weight_gradients.resize(num_outputs());
-    return weight_gradients;
+    return hand_on(halves_->weight_gradients());
   }
   variable_list final_gradients = run_hooks_before(whole(), std::move(gradients));
   halves_ = CompiledHalves::open();

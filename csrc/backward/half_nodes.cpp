@@ -64,10 +64,12 @@ bool HalfNode::shorten(const LeafPaths& paths) {
   return all;
 }
 
-void HalfNode::follow_own_paths(variable_list& gradients) const {
+variable_list HalfNode::hand_on(variable_list gradients) const {
   if (!own_paths_.empty()) {
     LeafPaths::follow(*this, own_paths_, gradients);
   }
+  gradients.resize(num_outputs());
+  return gradients;
 }
 
 StandInNode::StandInNode(NodePointer whole, edge_list input_edges, edge_list weight_edges)
@@ -96,10 +98,7 @@ SplitNode::SplitNode(NodePointer whole, edge_list input_edges, edge_list weight_
 
 variable_list SplitNode::apply(variable_list&& gradients) {
   if (in_weight_half()) {
-    variable_list weight_gradients = whole()(std::move(gradients_));
-    follow_own_paths(weight_gradients);
-    weight_gradients.resize(num_outputs());  // nothing for the half that runs next
-    return weight_gradients;
+    return hand_on(whole()(std::move(gradients_)));
   }
   // The engine runs this node's hooks, and it has none: the whole node's run here, once, and W sees what they made.
   variable_list final_gradients = run_hooks_before(whole(), std::move(gradients));
@@ -130,9 +129,7 @@ KeepNode::KeepNode(uint64_t sequence_nr, edge_list weight_edges)
 
 variable_list KeepNode::apply(variable_list&& gradients) {
   if (in_weight_half_) {
-    follow_own_paths(gradients_);
-    gradients_.resize(num_outputs());
-    return std::move(gradients_);
+    return hand_on(std::move(gradients_));
   }
   gradients_ = std::move(gradients);
   return {};

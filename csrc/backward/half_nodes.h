@@ -35,8 +35,9 @@ class HalfNode : public torch::autograd::Node {
   bool shorten(const LeafPaths& paths);
 
  protected:
-  /// Takes away the gradients whose paths are this node's own and accumulates them.
-  void follow_own_paths(torch::autograd::variable_list& gradients) const;
+  /// What the node returns in W for these gradients: those whose paths are its own it accumulates itself, and the half
+  /// that runs next gets nothing.
+  torch::autograd::variable_list hand_on(torch::autograd::variable_list gradients) const;
 
  private:
   torch::autograd::edge_list own_paths_;  // where next_edges has an invalid one
