@@ -62,17 +62,13 @@ def _as_it_is(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
 def _with_function(
     compile_graph: Callable[..., Any], graph: fx.GraphModule, inputs: Sequence[Any]
 ) -> Callable[..., Any]:
-    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
 
-    from pp_runtime.running.compiled.backward import SplittableBackward
-
-    def compile_forward(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        compiled = compile_graph(graph, inputs)
-        return compiled if getattr(compiled, "_boxed_call", False) else make_boxed_func(compiled)
+    from pp_runtime.running.compiled.backward import SplittableBackward, boxed
 
     return aot_autograd(
-        fw_compiler=compile_forward,
+        fw_compiler=lambda graph, inputs: boxed(compile_graph(graph, inputs)),
         bw_compiler=lambda graph, inputs: SplittableBackward(graph, inputs, compile_graph, compile_graph),
         partition_fn=min_cut_rematerialization_partition,
         keep_inference_input_mutations=True,

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from functorch.compile import make_boxed_func
 from torch import fx
 from torch._dynamo.convert_frame import compile_lock
 from torch._guards import CompileContext, TracingContext, compile_context, tracing
@@ -29,9 +30,9 @@ Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 """Compiles a graph for such arguments; what it returns takes them one by one, or in one list where it is boxed."""
 
 
-def _boxed(compiled: Callable[..., Any]) -> Callable[[list[Any]], Any]:
+def boxed(compiled: Callable[..., Any]) -> Callable[[list[Any]], Any]:
     """Takes the arguments in a list, which it may empty as it goes."""
-    return compiled if getattr(compiled, "_boxed_call", False) else lambda arguments: compiled(*arguments)
+    return compiled if getattr(compiled, "_boxed_call", False) else make_boxed_func(compiled)
 
 
 class SplittableBackward:
@@ -46,14 +47,14 @@ class SplittableBackward:
         self._graph = graph
         self._arguments = tuple(arguments)
         self._compile_whole, self._compile_half = compile_whole, compile_half
-        self._contexts = TracingContext.try_get(), CompileContext.try_get()
+        self._tracing, self._compiling = TracingContext.try_get(), CompileContext.try_get()
         # Of a region that DDP's optimizer broke into several graphs, the context is one, and what it says the last's.
-        self._metadata = None if self._contexts[0] is None else self._contexts[0].fw_metadata
+        self._metadata = None if self._tracing is None else self._tracing.fw_metadata
         self._whole: Callable[[list[Any]], Any] | None = None
         self._halves: dict[frozenset[int], Halves | None] = {}
         self._places: dict[tuple[bool, ...], Places] = {}
         self._lock = threading.RLock()
-        placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        placeholders = graph.graph.find_nodes(op="placeholder")
         results = results_of(graph.graph)
         others = {i: one for i, one in enumerate(results) if isinstance(one, fx.Node) and not is_tensor(one)}
         # What torch makes subclasses of is among the results: meshes and sizes, which are arguments too.
@@ -99,24 +100,23 @@ class SplittableBackward:
         """The arguments that live beyond the step: parameters and buffers of the module that was compiled."""
         static = () if self._metadata is None else self._metadata.static_input_indices
         names = {f"primals_{1 + index}" for index in static or ()}
-        placeholders = (node for node in self._graph.graph.nodes if node.op == "placeholder")
+        placeholders = self._graph.graph.find_nodes(op="placeholder")
         return [number for number, node in enumerate(placeholders) if node.name in names]
 
     def _compile(
         self, how: Compile, graph: fx.GraphModule, arguments: Sequence[Any], metadata: Any
     ) -> Callable[[list[Any]], Any]:
         """As torch compiles a backward that it comes to late: under what was known when it was traced."""
-        tracing_context, compiling_context = self._contexts
         with ExitStack() as contexts:
             contexts.enter_context(compile_lock)
             contexts.enter_context(torch._C._DisableAutocast())
-            if compiling_context is not None:
-                contexts.enter_context(compile_context(compiling_context))
-            if tracing_context is not None:
-                contexts.enter_context(tracing(tracing_context))
-                contexts.callback(setattr, tracing_context, "fw_metadata", tracing_context.fw_metadata)
-                tracing_context.fw_metadata = metadata
-            return _boxed(how(graph, list(arguments)))
+            if self._compiling is not None:
+                contexts.enter_context(compile_context(self._compiling))
+            if self._tracing is not None:
+                contexts.enter_context(tracing(self._tracing))
+                contexts.callback(setattr, self._tracing, "fw_metadata", self._tracing.fw_metadata)
+                self._tracing.fw_metadata = metadata
+            return boxed(how(graph, list(arguments)))
 
     def compile_half(
         self, graph: fx.GraphModule, arguments: Sequence[Any]
@@ -145,7 +145,7 @@ class SplittableBackward:
         return compiled, strides
 
     def _assumptions(self) -> object:
-        mode = None if self._contexts[0] is None else self._contexts[0].fake_mode
+        mode = None if self._tracing is None else self._tracing.fake_mode
         shapes = None if mode is None else mode.shape_env
         if shapes is None:
             return None
@@ -164,8 +164,8 @@ class SplittableBackward:
         return found
 
     def __repr__(self) -> str:
-        context = self._contexts[1]
-        name = "a compiled backward" if context is None else f"the backward of compilation {context.compile_id}"
+        made = self._compiling
+        name = "a compiled backward" if made is None else f"the backward of compilation {made.compile_id}"
         return f"{name} ({len(self._graph.graph.nodes)} nodes, {len(self.stand_ins)} gradients)"
 
 
@@ -196,11 +196,10 @@ class Halves:
     def __init__(self, backward: SplittableBackward, made: Cut) -> None:
         self._backward = backward
         self._cut = made
-        placeholders = [node for node in made.input_half.graph.nodes if node.op == "placeholder"]
         examples = [backward.example(argument) for argument in made.input_arguments]
-        assert len(placeholders) == len(examples)
+        assert len(made.input_half.graph.find_nodes(op="placeholder")) == len(examples)
         self._input_half, strides = backward.compile_half(made.input_half, examples)
-        given = [node for node in made.weight_half.graph.nodes if node.op == "placeholder"]
+        given = made.weight_half.graph.find_nodes(op="placeholder")
         values = [node.meta["val"] for node in given[len(made.weight_arguments) :]]
         if strides:
             laid_out = strides[len(made.input_results) + len(made.ready_results) :]

@@ -69,7 +69,7 @@ def cut(whole: fx.GraphModule, weight_results: Collection[int], free_arguments: 
     for node in nodes:
         if (objection := operations.objection_to(node)) is not None:
             raise CannotCut(objection)
-    placeholders = [node for node in nodes if node.op == "placeholder"]
+    placeholders = graph.find_nodes(op="placeholder")
     results = _gradients(graph)
     of_inputs = [i for i, node in enumerate(results) if node is not None and i not in weight_results]
     of_weights = [i for i, node in enumerate(results) if node is not None and i in weight_results]
@@ -84,7 +84,7 @@ def cut(whole: fx.GraphModule, weight_results: Collection[int], free_arguments: 
     ready = [i for i in of_weights if results[i] not in in_weight_half]
     computed = [i for i in of_weights if results[i] in in_weight_half]
     kept_values = [node for node in nodes if node in kept and node.op != "placeholder"]
-    read_by_w = _read_by(in_weight_half)
+    read_by_w = {argument for node in in_weight_half for argument in node.all_input_nodes}
     passed_on = [node for node in kept_values if node in read_by_w]
     input_half, input_arguments = _extract(
         whole, graph, placeholders, [results[i] for i in (*of_inputs, *ready)] + passed_on, given=()
@@ -115,20 +115,16 @@ def _gradients(graph: fx.Graph) -> list[fx.Node | None]:
     return [one if isinstance(one, fx.Node) and operations.is_tensor(one) else None for one in results_of(graph)]
 
 
-def _ancestors(nodes: Iterable[fx.Node | None]) -> set[fx.Node]:
-    """The nodes and all that they read, directly or not."""
+def _ancestors(nodes: Iterable[fx.Node | None], given: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """The nodes and all that they read, directly or not; of what is given not what that was made of."""
     to_visit = [node for node in nodes if node is not None]
     found = set(to_visit)
     while to_visit:
-        for node in to_visit.pop().all_input_nodes:
-            if node not in found:
-                found.add(node)
-                to_visit.append(node)
+        if (node := to_visit.pop()) not in given:
+            new = [argument for argument in node.all_input_nodes if argument not in found]
+            found.update(new)
+            to_visit.extend(new)
     return found
-
-
-def _read_by(nodes: Collection[fx.Node]) -> set[fx.Node]:
-    return {argument for node in nodes for argument in node.all_input_nodes}
 
 
 def _with_layers_split(whole: fx.GraphModule, weight_results: Collection[int]) -> fx.Graph:
@@ -193,14 +189,8 @@ class _Partition:
         except networkx.NetworkXUnbounded:
             raise CannotCut("its weight gradients read what cannot be kept") from None
         kept = {node for node in self._nodes if (node, False) in after_i and (node, True) not in after_i}
-        wanted = {result for result in results if result is not None and result not in kept}
-        computed = set[fx.Node]()
-        while wanted:
-            node = wanted.pop()
-            if node.op != "placeholder" and node not in computed:
-                computed.add(node)
-                wanted.update(argument for argument in node.all_input_nodes if argument not in kept)
-        return kept & (_read_by(computed) | set(results)), computed
+        used = _ancestors(results, given=kept)
+        return kept & used, {node for node in used if node not in kept and node.op != "placeholder"}
 
     def _add(self, network: networkx.DiGraph, node: fx.Node) -> None:
         if node in self._of_w:
@@ -248,14 +238,7 @@ def _extract(
 
     Returns it with the numbers of the arguments that it takes; given values come after those.
     """
-    needed = set[fx.Node]()
-    to_visit = [node for node in results if node is not None]
-    while to_visit:
-        node = to_visit.pop()
-        if node not in needed:
-            needed.add(node)
-            if node not in given:
-                to_visit.extend(node.all_input_nodes)
+    needed = _ancestors(results, set(given))
     part = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     arguments = tuple(i for i, node in enumerate(placeholders) if node in needed and node not in given)

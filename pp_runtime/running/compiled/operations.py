@@ -93,7 +93,7 @@ def may_run_twice(node: fx.Node) -> bool:
     if is_number(node):
         return True
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in target.tags:
+    if not isinstance(target, torch._ops.OpOverload) or draws_random_numbers(node):
         return False
     return is_view(node) or torch.Tag.pointwise in target.tags or name_of(node) in CHEAP
 
