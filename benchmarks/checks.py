@@ -11,7 +11,6 @@ a core each, as in step_time.py.
 
 from __future__ import annotations
 
-import os
 import statistics
 import struct
 import tempfile
@@ -20,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 # First, since it sets what torch reads when it is imported.
-from step_time import RANKS, SIZES, Batch, Pipeline, medians_of, own_modules  # isort: skip
+from step_time import RANKS, SIZES, Batch, Pipeline, join, medians_of, own_modules  # isort: skip
 
 import torch
 import torch.distributed as dist
@@ -70,9 +69,7 @@ def checks(schedule: Any, batch: Batch) -> float:
 
 def work(rank: int, store: str) -> None:
     """One rank: a line for each schedule."""
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank % os.cpu_count()]})
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    join(rank, store)
     for name in SCHEDULES:
         modules, count = own_modules(SIZES["linear"], name, RANKS)
         batch = Batch(SIZES["linear"], MICROBATCHES)

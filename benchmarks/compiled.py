@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages_alone import StagesAlone
-from step_time import RANKS, Batch, Pipeline, Size, bound, medians_of
+from step_time import RANKS, Batch, Pipeline, Size, bound, join, medians_of
 
 SCHEDULES = ("1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 TORCH_TAKES = ("1F1B", "Interleaved1F1B")
@@ -64,22 +64,22 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
-def stages_of(schedule: str, flags: argparse.Namespace, kind: str) -> tuple[dict[int, nn.Module], int]:
-    """This rank's stages, the same blocks for every kind, and how many stages there are in all."""
-    from pp_runtime.orders.catalogue import ORDERS
-    from pp_runtime.orders.placement import stages_of_rank
+def blocks_of(kind: str, count: int, flags: argparse.Namespace, seed: int = 0) -> nn.Sequential:
+    """So many blocks, the same ones for every kind, compiled one by one."""
+    torch.manual_seed(seed)
+    blocks = nn.Sequential(*(Block(flags.width, flags.heads) for _ in range(count)))
+    compile_block = KINDS[kind]
+    for block in blocks if compile_block is not None else ():
+        compile_block(block)
+    return blocks
 
-    spec = ORDERS[schedule]
-    count = RANKS * (spec.stages_per_rank_allowed[0] if spec.stages_per_rank_allowed else 2)
-    blocks = flags.blocks * RANKS // count
-    modules: dict[int, nn.Module] = {}
-    for i in stages_of_rank(spec.placement(RANKS, count), dist.get_rank()):
-        torch.manual_seed(i)
-        modules[i] = nn.Sequential(*(Block(flags.width, flags.heads) for _ in range(blocks)))
-        compile_block = KINDS[kind]
-        for block in modules[i] if compile_block is not None else ():
-            compile_block(block)
-    return modules, count
+
+def stages_of(schedule: str, flags: argparse.Namespace, kind: str) -> tuple[dict[int, nn.Module], int]:
+    """This rank's stages, and how many stages there are in all."""
+    from pp_runtime import stages_of_rank
+
+    held = stages_of_rank(schedule, dist.get_rank(), RANKS)
+    return {i: blocks_of(kind, flags.blocks // len(held), flags, seed=i) for i in held}, RANKS * len(held)
 
 
 def measure(schedule: str, flags: argparse.Namespace) -> dict[str, tuple[float, float | None]]:
@@ -109,11 +109,8 @@ def measure(schedule: str, flags: argparse.Namespace) -> dict[str, tuple[float, 
 
 
 def work(rank: int, flags: argparse.Namespace, store: str) -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    torch.set_num_threads(1)
+    join(rank, store)
     torch._dynamo.config.cache_size_limit = 64
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     show = partial(print, flush=True) if rank == 0 else lambda *_: None
     show(
         f"{flags.blocks} blocks a rank, width {flags.width}, {flags.heads} heads, {flags.microbatches} microbatches of "

@@ -28,19 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from compiled import KINDS, Block
+from compiled import KINDS, blocks_of
 from pp_runtime import _C
-
-
-def blocks_of(kind: str, count: int, flags: argparse.Namespace) -> nn.Sequential:
-    torch.manual_seed(0)
-    blocks = nn.Sequential(*(Block(flags.width, flags.heads) for _ in range(count)))
-    compile_block = KINDS[kind]
-    for block in blocks if compile_block is not None else ():
-        compile_block(block)
-    return blocks
 
 
 class Alone:

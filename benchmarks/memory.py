@@ -110,12 +110,11 @@ def peak_of_step(library: str, schedule: str, microbatches: int, width: int, ste
     else:
         from torch.distributed.pipelining import PipelineStage
         from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
-    from pp_runtime.orders.catalogue import ORDERS
-    from pp_runtime.orders.placement import stages_of_rank
+    from pp_runtime import stages_of_rank
 
-    spec, ranks = ORDERS[schedule], dist.get_world_size()
-    count = ranks * (spec.stages_per_rank_allowed[0] if spec.stages_per_rank_allowed else 2)
-    held = stages_of_rank(spec.placement(ranks, count), dist.get_rank())
+    ranks = dist.get_world_size()
+    held = stages_of_rank(schedule, dist.get_rank(), ranks)
+    count = ranks * len(held)
     x = torch.zeros(1, width).expand(microbatches, width)
     target = torch.zeros(microbatches, 1)
     before = forget_peak()

@@ -27,7 +27,7 @@ from torch import nn
 
 from compiled import Block
 from pp_runtime import Partition, layer_costs, partition, stages_of_rank
-from step_time import RANKS, Pipeline, medians_of
+from step_time import RANKS, Pipeline, join, medians_of
 
 
 class TokenBatch:
@@ -75,11 +75,8 @@ def measure(schedule: str, flags: argparse.Namespace) -> str:
 
 
 def work(rank: int, flags: argparse.Namespace, store: str) -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    torch.set_num_threads(1)
+    join(rank, store)
     torch.manual_seed(0)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     show = partial(print, flush=True) if rank == 0 else lambda *_: None
     show(
         f"{flags.blocks} blocks of width {flags.width}, vocabulary {flags.vocabulary}, {flags.microbatches} "

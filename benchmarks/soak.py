@@ -52,14 +52,12 @@ class Pipeline:
     """This rank's part of a small model, with its optimizer."""
 
     def __init__(self, schedule: str) -> None:
-        from pp_runtime import PipelineStage
-        from pp_runtime.orders.catalogue import ORDERS
-        from pp_runtime.orders.placement import stages_of_rank
+        from pp_runtime import PipelineStage, stages_of_rank
         from pp_runtime.schedules import PipelineScheduleMulti, get_schedule_class
 
-        spec, ranks = ORDERS[schedule], dist.get_world_size()
-        count = ranks * (spec.stages_per_rank_allowed[0] if spec.stages_per_rank_allowed else 2)
-        held = stages_of_rank(spec.placement(ranks, count), dist.get_rank())
+        ranks = dist.get_world_size()
+        held = stages_of_rank(schedule, dist.get_rank(), ranks)
+        count = ranks * len(held)
         modules = {index: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for index in held}
         stages = [PipelineStage(module, index, count, torch.device("cpu")) for index, module in modules.items()]
         kind = get_schedule_class(schedule)

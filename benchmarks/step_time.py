@@ -118,12 +118,10 @@ class Pipeline:
 
 def own_modules(size: Size, schedule: str, ranks: int) -> tuple[dict[int, nn.Module], int]:
     """This rank's stages of a pipeline, as many as the schedule takes or two, and how many there are in all."""
-    from pp_runtime.orders.catalogue import ORDERS
-    from pp_runtime.orders.placement import stages_of_rank
+    from pp_runtime import stages_of_rank
 
-    spec = ORDERS[schedule]
-    count = ranks * (spec.stages_per_rank_allowed[0] if spec.stages_per_rank_allowed else 2)
-    return {i: size.make() for i in stages_of_rank(spec.placement(ranks, count), dist.get_rank())}, count
+    held = stages_of_rank(schedule, dist.get_rank(), ranks)
+    return {i: size.make() for i in held}, ranks * len(held)
 
 
 class Batch:
@@ -213,16 +211,22 @@ def measure(name: str, schedule: str, microbatches: int, rounds: int) -> Row:
     )
 
 
-def work(rank: int, flags: argparse.Namespace, store: str) -> None:
-    """One rank: measure every line, and print them on rank 0."""
+def join(rank: int, store: str) -> int:
+    """Have this process be a rank, with a core of its own and one thread; returns how many cores there are."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)
-    torch.manual_seed(rank)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    return len(cores)
+
+
+def work(rank: int, flags: argparse.Namespace, store: str) -> None:
+    """One rank: measure every line, and print them on rank 0."""
+    cores = join(rank, store)
+    torch.manual_seed(rank)
     rows = []
     if rank == 0:
-        print(heading(RANKS, len(cores), flags.microbatches, flags.rounds), flush=True)
+        print(heading(RANKS, cores, flags.microbatches, flags.rounds), flush=True)
     for name in flags.sizes:
         for schedule in flags.schedules:
             rows.append(measure(name, schedule, flags.microbatches, flags.rounds))

@@ -12,6 +12,7 @@ import torch
 
 from pp_runtime.orders import (
     ORDERS,
+    SCHEDULE_NAMES,
     Action,
     Order,
     Placement,
@@ -23,6 +24,7 @@ from pp_runtime.orders import (
     load_order,
     microbatch_count,
     placement_of,
+    schedule_name,
     to_torch_form,
 )
 from pp_runtime.pictures import draw, text_picture, write_chrome, write_html
@@ -210,10 +212,9 @@ def _count(text: str) -> int:
 
 def _schedule_name(text: str) -> str:
     """The name as the catalogue has it, whatever its case and with or without "Schedule" before it."""
-    names = {name.lower(): name for name in (*ORDERS, "Auto")}
-    name = names.get(text.lower().removeprefix("schedule"))
+    name = schedule_name(text.lower().removeprefix("schedule"))
     if name is None:
-        raise ValueError(f"'{text}' is not a schedule; the schedules are {', '.join(names.values())}.")
+        raise ValueError(f"'{text}' is not a schedule; the schedules are {', '.join(SCHEDULE_NAMES)}.")
     return name
 
 
@@ -226,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pp_runtime", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     show = _command(commands, "show", _show, "draw the order of a schedule")
-    show.add_argument("schedule", help=f"one of {', '.join(ORDERS)}, Auto")
+    show.add_argument("schedule", help=f"one of {', '.join(SCHEDULE_NAMES)}")
     _add_setting(show)
     show.add_argument("--cap", type=int, help="Auto: activations a rank may hold, one for each forward of a stage")
     show.add_argument("--csv", type=Path, metavar="FILE", help="write the order as torch's compute-only CSV")
@@ -238,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     comparing.add_argument("--no-auto", action="store_true", help="named schedules only")
     remembering = _command(commands, "memory", _memory, "say what memory a schedule's messages take on each rank")
-    remembering.add_argument("schedule", help=f"one of {', '.join(ORDERS)}, Auto")
+    remembering.add_argument("schedule", help=f"one of {', '.join(SCHEDULE_NAMES)}")
     _add_setting(remembering)
     remembering.add_argument("--cap", type=int, help="Auto: as for show")
     remembering.add_argument(

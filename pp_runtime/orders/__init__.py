@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pp_runtime.orders import ir
-from pp_runtime.orders.catalogue import ORDERS, OrderSpec, build_order, named_order
+from pp_runtime.orders.catalogue import ORDERS, SCHEDULE_NAMES, OrderSpec, build_order, named_order, schedule_name
 from pp_runtime.orders.csv_files import FileFormat, dump_order, load_order
 from pp_runtime.orders.edges import Edge, Neighbours, adjacent_edges, neighbours
 from pp_runtime.orders.ir import (
@@ -30,6 +30,7 @@ __all__ = [
     "Order",
     "OrderSpec",
     "Placement",
+    "SCHEDULE_NAMES",
     "adjacent_edges",
     "build_order",
     "dump_order",
@@ -43,6 +44,7 @@ __all__ = [
     "neighbours",
     "placement_of",
     "require_counts",
+    "schedule_name",
     "stages_of_rank",
     "to_torch_form",
     "v_shaped",

@@ -54,6 +54,13 @@ _SPECS = (
 )
 
 ORDERS: dict[str, OrderSpec] = {spec.name: spec for spec in _SPECS}
+SCHEDULE_NAMES = (*ORDERS, "Auto")  # which is searched for, and so no order of the catalogue
+_BY_LOWERCASE = {name.lower(): name for name in SCHEDULE_NAMES}
+
+
+def schedule_name(text: str) -> str | None:
+    """The name of an order as the catalogue has it, or "Auto", whatever its case; None if there is none."""
+    return _BY_LOWERCASE.get(text.lower())
 
 
 def build_order(name: str, num_ranks: int, num_stages: int, num_microbatches: int) -> tuple[Order, Placement]:

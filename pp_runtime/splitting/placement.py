@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 
 from pp_runtime.errors import PipelineTypeError, PipelineUsageError
-from pp_runtime.orders import ORDERS, leaves, load_order, looped
+from pp_runtime.orders import ORDERS, SCHEDULE_NAMES, from_torch_form, load_order, looped, placement_of, schedule_name
 from pp_runtime.orders import stages_of_rank as held_by
 
 _ANY_NUMBER = 2  # of stages a rank, where a schedule takes any and none is asked for
-_LOWERCASE = {name.lower(): name for name in ORDERS}
 
 
 def stages_of_rank(
@@ -30,12 +29,13 @@ def stages_of_rank(
         raise PipelineUsageError(f"there is no rank {rank} of {ranks}: they are 0 to {ranks - 1}")
     if isinstance(schedule, os.PathLike) or (isinstance(schedule, str) and schedule.endswith(".csv")):
         return _stages_in_file(Path(schedule), rank, ranks, num_stages)
-    name = schedule.__name__.removeprefix("Schedule") if isinstance(schedule, type) else schedule
-    if not isinstance(name, str):
+    given = schedule.__name__.removeprefix("Schedule") if isinstance(schedule, type) else schedule
+    if not isinstance(given, str):
         raise PipelineTypeError(f"a schedule is a name, a class or the path of a CSV file, not {schedule!r}")
-    spec = ORDERS.get(_LOWERCASE.get(name.lower(), ""))
-    if spec is None and name.lower() != "auto":
-        raise PipelineUsageError(f"there is no schedule {name!r}; there are {', '.join([*ORDERS, 'Auto'])}")
+    name = schedule_name(given)
+    if name is None:
+        raise PipelineUsageError(f"there is no schedule {given!r}; there are {', '.join(SCHEDULE_NAMES)}")
+    spec = ORDERS.get(name)  # Auto has none
     allowed = None if spec is None else spec.stages_per_rank_allowed
     if num_stages is None:
         num_stages = ranks * (allowed[0] if allowed else _ANY_NUMBER)
@@ -48,13 +48,11 @@ def stages_of_rank(
 
 
 def _stages_in_file(path: Path, rank: int, ranks: int, num_stages: int | None) -> list[int]:
-    order = load_order(path)
-    stages = {
-        each: sorted({part[0] for action in actions if action is not None for part in leaves([action])})
-        for each, actions in order.items()
-    }
-    count = 1 + max((max(held) for held in stages.values() if held), default=-1)
-    if len(order) != ranks or (num_stages is not None and num_stages != count):
+    order = from_torch_form(load_order(path))
+    placement = placement_of(order)
+    if len(order) != ranks or num_stages not in (None, len(placement)):
         asked = f"{ranks} ranks" + ("" if num_stages is None else f" and {num_stages} stages")
-        raise PipelineUsageError(f"{path} is an order for {len(order)} ranks and {count} stages, not for {asked}")
-    return stages[rank]
+        raise PipelineUsageError(
+            f"{path} is an order for {len(order)} ranks and {len(placement)} stages, not for {asked}"
+        )
+    return held_by(placement, rank)
