@@ -95,30 +95,14 @@ __all__ = [
     "stages_of_rank",
 ]
 
-# Splitting is fetched when first used: the tracer needs torch.distributed.pipelining, whose import takes a while.
-_SPLITTING = (
-    "Partition",
-    "Pipe",
-    "SplitPoint",
-    "layer_costs",
-    "layer_modules",
-    "layer_stages",
-    "partition",
-    "pipe_split",
-    "pipeline",
-    "stages_of_rank",
-)
 
-
-_BUILDING = ("BuiltPipeline", "build_pipeline")
-
-
+# The rest is fetched when first used: the tracer needs torch.distributed.pipelining, whose import takes a while.
 def __getattr__(name: str) -> Any:
-    if name in _BUILDING:
+    if name in ("BuiltPipeline", "build_pipeline"):
         from pp_runtime import building
 
         return getattr(building, name)
-    if name in _SPLITTING:
+    if name in __all__:
         from pp_runtime import splitting
 
         return getattr(splitting, name)

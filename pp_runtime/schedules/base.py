@@ -134,9 +134,16 @@ class _PipelineSchedule(OrderHolder, CustomFunctions, BatchHandling, StageInitia
         """Run one batch forward only. Arguments and result are those of ``step``; the target may be left out."""
         has_backward = self._has_backward
         self._has_backward = False
-        microbatches = {"arg_mbs": arg_mbs, "kwarg_mbs": kwarg_mbs, "target_mbs": target_mbs}
         try:
-            return self.step(*args, target=target, losses=losses, **microbatches, **kwargs)  # type: ignore[arg-type]
+            return self.step(
+                *args,
+                target=target,
+                losses=losses,
+                arg_mbs=arg_mbs,
+                kwarg_mbs=kwarg_mbs,
+                target_mbs=target_mbs,
+                **kwargs,
+            )
         finally:
             self._has_backward = has_backward
 

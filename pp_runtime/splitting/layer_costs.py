@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pp_runtime.errors import PipelineUsageError
+from pp_runtime.splitting.rehearsal import first_of, moment
 
 
 def layer_costs(
@@ -31,11 +31,11 @@ def layer_costs(
     Raises PipelineUsageError for another ``by``, and where inputs are needed and not given.
     """
     layers = list(layers)
+    if by == "parameters":
+        return [float(sum(parameter.numel() for parameter in layer.parameters())) for layer in layers]
     measure = _MEASURES.get(by)
     if measure is None:
-        raise PipelineUsageError(f"layers cost {', '.join(_MEASURES)}, not {by!r}")
-    if by == "parameters":
-        return [_parameters(layer) for layer in layers]
+        raise PipelineUsageError(f"layers cost parameters, {', '.join(_MEASURES)}, not {by!r}")
     if not inputs:
         raise PipelineUsageError(f"costs by {by} need the first layer's inputs: layer_costs(layers, {by!r}, (x,))")
     costs = []
@@ -43,12 +43,8 @@ def layer_costs(
     for layer in layers:
         cost, output = measure(layer, inputs, repeats)
         costs.append(cost)
-        inputs = (_first(output), *inputs[1:])
+        inputs = (first_of(output), *inputs[1:])
     return costs
-
-
-def _parameters(layer: nn.Module) -> float:
-    return float(sum(parameter.numel() for parameter in layer.parameters()))
 
 
 def _flops(layer: nn.Module, inputs: Sequence[Any], _: int) -> tuple[float, Any]:
@@ -62,12 +58,13 @@ def _flops(layer: nn.Module, inputs: Sequence[Any], _: int) -> tuple[float, Any]
 
 
 def _time(layer: nn.Module, inputs: Sequence[Any], repeats: int) -> tuple[float, Any]:
+    devices = {part.device for part in tree_leaves(inputs) if isinstance(part, Tensor)}
     found = []
     for _ in range(repeats + 1):  # the first warms up
-        begin = _now(inputs)
+        begin = moment(devices)
         output = _run(layer, inputs)
         _backward(output)
-        found.append(_now(inputs) - begin)
+        found.append(moment(devices) - begin)
     layer.zero_grad()
     return statistics.median(found[1:]), output
 
@@ -103,20 +100,8 @@ def _backward(output: Any) -> None:
         torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
 
 
-def _now(inputs: Sequence[Any]) -> float:
-    for part in tree_leaves(inputs):
-        if isinstance(part, Tensor) and part.device.type not in ("cpu", "meta"):
-            torch.accelerator.synchronize(part.device)
-    return time.perf_counter()
-
-
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, (tuple, list)) else output
-
-
 _Measure = Callable[[nn.Module, Sequence[Any], int], tuple[float, Any]]
 _MEASURES: dict[str, _Measure] = {
-    "parameters": lambda layer, inputs, _: (_parameters(layer), None),
     "flops": _flops,
     "time": _time,
     "memory": _memory,

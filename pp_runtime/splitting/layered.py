@@ -105,19 +105,16 @@ def layer_modules(
     ends = list(accumulate(sizes))
     held = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
     last = len(sizes) - 1
-    ends_of_model = _first_stage(model, score, held[0]), _later_stage(model, score, held[last], is_last=True)
-    shared = set(ends_of_model[0].parameters()) & set(ends_of_model[1].parameters())
-    made: dict[int, tuple[nn.Module, list[str]]] = {}
-    for index in stages:
-        module = (
-            _first_stage(model, score, held[0])
-            if index == 0
-            else _later_stage(model, score, held[index], is_last=index == last)
-        )
-        # Where both are on this rank they share the parameter itself.
-        apart = shared if not {0, last}.issubset(stages) else set()
-        made[index] = module, [name for name, parameter in module.named_parameters() if parameter in apart]
-    return made
+    modules = {0: _first_stage(model, score, held[0])}
+    for index in {last, *stages} - {0}:  # the last one on every rank, to see what the first one shares with it
+        modules[index] = _later_stage(model, score, held[index], is_last=index == last)
+    shared = set(modules[0].parameters()) & set(modules[last].parameters())
+    if {0, last}.issubset(stages):  # on this rank they share the parameter itself
+        shared.clear()
+    return {
+        index: (modules[index], [name for name, each in modules[index].named_parameters() if each in shared])
+        for index in stages
+    }
 
 
 _NOT_AS_SEEN = (

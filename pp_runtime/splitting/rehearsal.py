@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,12 +130,10 @@ def forward_times(
     """The medians of some forwards on the example, without gradients: each layer, and what comes before and after."""
     container = list(find_layers(model, layers)[1].children())
     moments: list[float] = []
-    device = next((each.device for each in model.parameters()), torch.device("cpu"))
+    devices = {parameter.device for parameter in model.parameters()}
 
     def mark(*_: Any) -> None:
-        if device.type not in ("cpu", "meta"):
-            torch.accelerator.synchronize(device)
-        moments.append(time.perf_counter())
+        moments.append(moment(devices))
 
     handles = [
         hook
@@ -156,6 +154,14 @@ def forward_times(
             handle.remove()
     medians = [statistics.median(spans) for spans in zip(*runs[1:], strict=True)]
     return Times(medians[0], tuple(medians[1:-1:2]), medians[-1])
+
+
+def moment(devices: Iterable[torch.device]) -> float:
+    """Seconds on the host's clock, once the devices have done what was queued."""
+    for device in devices:
+        if device.type not in ("cpu", "meta"):
+            torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def given_names(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, frozenset[str]]:
@@ -183,11 +189,8 @@ def _run(
     inside = 0  # of a layer, or of a module that was called after the last
     last = layers[-1]
     over = False
-    holders = {
-        id(model),
-        *(id(module) for name, module in model.named_modules() if f"{container}.".startswith(f"{name}.")),
-    }
     names = {id(module): name for name, module in model.named_modules()}
+    holders = {id(model), *(key for key, name in names.items() if f"{container}.".startswith(f"{name}."))}
     handles = []
 
     def enter(module: nn.Module, *_: Any) -> None:
