@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pp_runtime.errors import PipelineUsageError
+from pp_runtime.orders import ORDERS, schedule_name
 from pp_runtime.running import clip_grad_norm_
 from pp_runtime.schedules import PipelineScheduleMulti, get_schedule_class
 from pp_runtime.splitting import (
@@ -132,7 +133,7 @@ class BuiltPipeline:
         return "\n".join(lines)
 
     def _bubble(self, ranks: int) -> str:
-        if self._name.lower() == "auto":
+        if self._name not in ORDERS:  # Auto, whose order is searched for
             return ""
         bubble = self.partition.simulate(self._name, ranks, self.schedule._n_microbatches).bubble
         return f", bubble {bubble:.3f} if F, I and W take as long"
@@ -189,7 +190,7 @@ def build_pipeline(
     takes_many = issubclass(kind, PipelineScheduleMulti)
     make: Any = kind
     made = make(stages if takes_many else stages[0], microbatches, loss_fn=loss_fn, **options)
-    return BuiltPipeline(stages, made, cut, schedule)
+    return BuiltPipeline(stages, made, cut, schedule_name(schedule) or schedule)
 
 
 def _group_of(group: Any, axis: str) -> dist.ProcessGroup | None:

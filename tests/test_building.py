@@ -58,6 +58,8 @@ def _train(rank: int, name: str, schedule: str, options: dict[str, Any]) -> list
             found.append("outputs elsewhere than on the last stage")
         for optimizer in optimizers:
             optimizer.step()
+    if ("bubble" in built.report()) == (schedule == "Auto"):
+        found.append(built.report())
     whole = plain.state_dict()
     found += [key for key, value in built.state_dict().items() if not torch.allclose(value, whole[key], atol=1e-6)]
     with torch.no_grad():
