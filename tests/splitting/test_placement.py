@@ -38,6 +38,13 @@ def test_an_order_in_a_file_says_itself(tmp_path: Path) -> None:
         stages_of_rank(path, 0, 4)
 
 
+def test_an_order_in_a_file_that_has_a_stage_on_two_ranks_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "order.csv"
+    path.write_text("0F0,0B0\n0F1,0B1\n")
+    with pytest.raises(ValueError, match="Stage 0 stands on rank 0 and on rank 1"):
+        stages_of_rank(path, 0, 2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
