@@ -42,6 +42,7 @@ from pp_runtime.schedules import (  # noqa: E402
 from pp_runtime.stage import PipelineStage, build_stage  # noqa: E402
 
 if TYPE_CHECKING:
+    from pp_runtime.advising import Advice, DeviceSpeed, LinkSpeed, advise
     from pp_runtime.building import BuiltPipeline, build_pipeline
     from pp_runtime.splitting import (
         Partition,
@@ -57,8 +58,11 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Advice",
     "BuiltPipeline",
+    "DeviceSpeed",
     "InvalidOrderError",
+    "LinkSpeed",
     "Partition",
     "Pipe",
     "PipelineError",
@@ -82,6 +86,7 @@ __all__ = [
     "StepMetrics",
     "__version__",
     "_ScheduleForwardOnly",
+    "advise",
     "build_pipeline",
     "build_stage",
     "clip_grad_norm_",
@@ -102,6 +107,10 @@ def __getattr__(name: str) -> Any:
         from pp_runtime import building
 
         return getattr(building, name)
+    if name in ("Advice", "DeviceSpeed", "LinkSpeed", "advise"):
+        from pp_runtime import advising
+
+        return getattr(advising, name)
     if name in __all__:
         from pp_runtime import splitting
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from pp_runtime.advising import add_advise_arguments, print_advice
 from pp_runtime.orders import (
     ORDERS,
     SCHEDULE_NAMES,
@@ -246,6 +247,8 @@ def _parser() -> argparse.ArgumentParser:
         "--shape", type=_shape, nargs="+", required=True, help="of each tensor that one microbatch sends: 4,512,1024"
     )
     remembering.add_argument("--dtype", default="float32", help="of those tensors (float32)")
+    advising = _command(commands, "advise", print_advice, "say which schedule to take for a model, and what fits")
+    add_advise_arguments(advising, _count)
     checking = _command(commands, "verify", _verify, "check the order in a CSV file")
     _add_file(checking)
     playing = _command(commands, "simulate", _simulate, "check, simulate and draw the order in a CSV file")

@@ -178,3 +178,51 @@ def test_module_runs_as_a_program() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "bubble 27.3%" in done.stdout
+
+
+DECODER = ["--layers", "8", "--hidden", "256", "--batch", "16", "--sequence", "64", "--ranks", "2"]
+
+
+def test_advise_says_what_to_take_and_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    machine = ["--memory", "500MiB", "--flops", "10T", "--memory-bandwidth", "1T", "--link", "10G", "--latency", "1e-5"]
+    assert main(["advise", *DECODER, *machine, "--schedules", "1f1b", "GPipe", "zbvzerobubble"]) == 0
+    shown = capsys.readouterr().out
+    assert "ZBVZeroBubble" in shown and "fullest rank" in shown and "Take " in shown and " ms a step" in shown
+    assert main(["advise", *DECODER, "--memory", "1MiB", "--schedules", "1F1B"]) == 0
+    assert "Nothing fits into 1 MiB" in capsys.readouterr().out
+
+
+def test_advise_counts_a_decoder_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    def peak_of(*more: str) -> float:
+        arguments = ["advise", *DECODER, "--microbatches", "4", "--schedules", "1F1B", "--dtype", "float32", *more]
+        assert main(arguments) == 0
+        value, unit = capsys.readouterr().out.splitlines()[1].split()[5:7]
+        return float(value) * {"MiB": 1.0, "GiB": 1024.0}[unit]
+
+    plain = peak_of("--optimizer", "0")
+    assert peak_of("--optimizer", "2") > plain
+    assert peak_of("--recompute", "--optimizer", "0") < plain
+    assert peak_of("--dtype", "bfloat16", "--optimizer", "0") < plain
+    assert peak_of("--kv-heads", "1", "--heads", "4", "--optimizer", "0") < peak_of("--heads", "4", "--optimizer", "0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--dtype", "half-ish"], "not a dtype"),
+        (["--link", "1G"], "need --flops"),
+        (["--heads", "3"], "3 heads must divide the hidden size 256"),
+        (["--microbatches", "17"], "16 sequences do not make 17"),
+        (["--schedules", "fast"], "no schedule 'fast'"),
+    ],
+)
+def test_advise_refuses_with_a_sentence(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["advise", *DECODER, *arguments]) == 1
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("amount", ["", "0", "many", "3QB", "-1G"])
+def test_advise_refuses_what_is_no_amount(amount: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["advise", *DECODER, f"--memory={amount}"])
+    assert "is not an amount" in capsys.readouterr().err

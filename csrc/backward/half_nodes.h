@@ -130,6 +130,8 @@ class CaptureNode final : public torch::autograd::Node {
   std::string name() const override;
 
   at::Tensor gradient(size_t input_nr) const;
+  /// Drops the gradients: what W needs may hold this node, by the graph of a tensor that it saved.
+  void let_go() { gradients_.clear(); }
 
  private:
   const NodePointer captured_;

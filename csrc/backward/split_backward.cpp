@@ -138,6 +138,9 @@ InputGradients captured_input_backward(Roots roots, const edge_list& inputs) {
   for (const Edge& input : inputs) {
     result.gradients.push_back(captures[input.function.get()]->gradient(input.input_nr));
   }
+  for (const auto& [node, capture] : captures) {
+    capture->let_go();
+  }
   return result;
 }
 

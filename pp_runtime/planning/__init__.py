@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pp_runtime.planning.lane_order import LaneEntry
 from pp_runtime.planning.lowering import Channel, Handler, Handlers, Lowered, MethodHandler
-from pp_runtime.planning.memory_report import Load, MemoryReport, plan_memory
+from pp_runtime.planning.memory_report import Load, MemoryReport, human, plan_memory
 from pp_runtime.planning.passes import (
     defer_receives,
     insert_communication,
@@ -33,6 +33,7 @@ __all__ = [
     "auto",
     "compare",
     "defer_receives",
+    "human",
     "insert_communication",
     "insert_reduce_grad",
     "insert_unshard",

@@ -9,9 +9,10 @@ from pp_runtime.splitting.layer_costs import layer_costs
 from pp_runtime.splitting.layered import layer_modules, layer_stages
 from pp_runtime.splitting.partition import Partition, partition
 from pp_runtime.splitting.placement import stages_of_rank
-from pp_runtime.splitting.rehearsal import find_layers, forward_times
+from pp_runtime.splitting.rehearsal import find_layers, forward_times, moment
 from pp_runtime.splitting.torch_package import torch_pipelining
 from pp_runtime.splitting.tracing import annotate_split_points, pipeline
+from pp_runtime.splitting.unchanged import unchanged
 
 if TYPE_CHECKING:
     from pp_runtime.splitting.tracing import Pipe, SplitPoint, pipe_split
@@ -26,11 +27,13 @@ __all__ = [
     "layer_costs",
     "layer_modules",
     "layer_stages",
+    "moment",
     "partition",
     "pipe_split",
     "pipeline",
     "stages_of_rank",
     "torch_pipelining",
+    "unchanged",
 ]
 
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pp_runtime.errors import PipelineUsageError
 from pp_runtime.splitting.rehearsal import first_of, moment
+from pp_runtime.splitting.unchanged import unchanged
 
 
 def layer_costs(
@@ -40,10 +41,11 @@ def layer_costs(
         raise PipelineUsageError(f"costs by {by} need the first layer's inputs: layer_costs(layers, {by!r}, (x,))")
     costs = []
     inputs = tuple(inputs)
-    for layer in layers:
-        cost, output = measure(layer, inputs, repeats)
-        costs.append(cost)
-        inputs = (first_of(output), *inputs[1:])
+    with unchanged(layers):
+        for layer in layers:
+            cost, output = measure(layer, inputs, repeats)
+            costs.append(cost)
+            inputs = (first_of(output), *inputs[1:])
     return costs
 
 
@@ -65,7 +67,6 @@ def _time(layer: nn.Module, inputs: Sequence[Any], repeats: int) -> tuple[float,
         output = _run(layer, inputs)
         _backward(output)
         found.append(moment(devices) - begin)
-    layer.zero_grad()
     return statistics.median(found[1:]), output
 
 

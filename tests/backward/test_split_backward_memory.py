@@ -112,3 +112,15 @@ def seconds(depth: int) -> float:
 def test_time_grows_with_depth_and_not_with_its_square() -> None:
     # Sixteen times the layers: sixteen times the time, where a quadratic walk would take 256 times.
     assert seconds(1600) < 64 * seconds(100)
+
+
+def test_the_inputs_gradient_is_its_takers_alone() -> None:
+    made = Watched()
+    module = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))  # the linear layer saves a result of the norm
+    x = torch.randn(4, 8, requires_grad=True)
+    (gradient,), groups = stage_backward_input([module(x)], None, [x], module.parameters())
+    assert gradient is not None
+    made(gradient)
+    x.grad = gradient = None
+    assert made.alive() == 0
+    stage_backward_weight(module.parameters(), groups)
