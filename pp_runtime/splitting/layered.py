@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
 from pp_runtime.errors import PipelineUsageError
 from pp_runtime.splitting.rehearsal import Score, describe_given, first_of, given_names, rehearse
@@ -234,11 +234,7 @@ class _Later(nn.Module):
             hidden = first_of(self.get_submodule(f"{score.layers}.{score.names[layer]}")(*args, **kwargs))
         if not self._is_last:
             return {"hidden": hidden, "variants": message["variants"], "which": which[len(self._held) :]}
-        values = [hidden]
-        for name, value in score.tail.calls:
-            values.append(self.get_submodule(name)(values[value]))
-        leaves = [values[each] if isinstance(each, int) else each[0] for each in score.tail.results]
-        return tree_unflatten(leaves, score.tail.structure)
+        return score.tail.run(hidden, self)
 
 
 def _first_stage(model: nn.Module, score: Score, held: range) -> nn.Module:
@@ -253,7 +249,7 @@ def _first_stage(model: nn.Module, score: Score, held: range) -> nn.Module:
         container._modules[name] = recorders[-1]
     if not recorders:
         made.get_submodule(f"{score.layers}.{score.names[-1]}").register_forward_hook(_leave)
-    for name, _ in score.tail.calls:
+    for name in score.tail.modules:
         if name not in score.before:
             parent, _, child = name.rpartition(".")
             made.get_submodule(parent)._modules[child] = _Beyond()
@@ -265,7 +261,7 @@ def _first_stage(model: nn.Module, score: Score, held: range) -> nn.Module:
 def _later_stage(model: nn.Module, score: Score, held: range, is_last: bool) -> nn.Module:
     kept = {f"{score.layers}.{score.names[number]}" for number in held}
     if is_last:
-        kept.update(name for name, _ in score.tail.calls)
+        kept.update(score.tail.modules)
     made = _skeleton(model, {})
     _keep_only(made, "", kept)
     made.__class__ = type(f"Later{type(model).__name__}", (_Later, type(model)), {})

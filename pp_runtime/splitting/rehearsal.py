@@ -6,31 +6,24 @@ the stages will do: each layer's output is the next one's input, and all that fo
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from pp_runtime.errors import PipelineUsageError
+from pp_runtime.splitting.tail import Step, Tail, Value, can_be_repeated, numbers_of
+from pp_runtime.splitting.unchanged import unchanged
 
 SENT = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
 """Of which kinds are a layer's inputs that another stage can be sent."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tail:
-    """What a model does after its last layer. Values are numbered: 0 is the last layer's output, then each call's."""
-
-    calls: tuple[tuple[str, int], ...]
-    """Names of modules, and the value that each is called with."""
-    results: tuple[int | Any, ...]
-    """The leaves of what the model returns: values, and constants in a list of one."""
-    structure: TreeSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +52,8 @@ class _Watched:
     inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     before: list[str] = field(default_factory=list)
-    after: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = field(default_factory=list)
+    after: list[tuple[Step, Any]] = field(default_factory=list)
+    """With what each was given in the place of what it will be given, and what it returned."""
 
 
 def find_layers(model: nn.Module, name: str | None = None) -> tuple[str, nn.ModuleList | nn.ModuleDict | nn.Sequential]:
@@ -95,8 +89,7 @@ def rehearse(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], l
     """
     container_name, container = find_layers(model, layers)
     names = tuple(container._modules)
-    watched = _Watched()
-    result = _run(model, container_name, list(container.children()), args, kwargs, watched)
+    watched, result = _run(model, container_name, list(container.children()), args, kwargs)
     if len(watched.inputs) != len(names):
         raise PipelineUsageError(
             f"{container_name} has {len(names)} layers, and a forward calls {len(watched.inputs)}: each must be called "
@@ -112,7 +105,9 @@ def rehearse(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], l
                 )
     returns_tuple = not isinstance(watched.outputs[-1], Tensor)
     given = given_names(args, kwargs)
-    return Score(given, container_name, names, hidden, returns_tuple, frozenset(watched.before), _tail(watched, result))
+    return Score(
+        given, container_name, names, hidden, returns_tuple, frozenset(watched.before), _tail(model, watched, result)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +137,7 @@ def forward_times(
     ]
     runs: list[list[float]] = []
     try:
-        with torch.no_grad():
+        with unchanged([model]), torch.no_grad():
             for _ in range(repeats + 1):  # the first warms up
                 moments.clear()
                 mark()
@@ -178,53 +173,91 @@ def first_of(output: Any) -> Any:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
-def _run(
-    model: nn.Module,
-    container: str,
-    layers: Sequence[nn.Module],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    watched: _Watched,
-) -> Any:
-    inside = 0  # of a layer, or of a module that was called after the last
-    last = layers[-1]
-    over = False
-    names = {id(module): name for name, module in model.named_modules()}
-    holders = {id(model), *(key for key, name in names.items() if f"{container}.".startswith(f"{name}."))}
-    handles = []
+class _Watching(TorchFunctionMode):
+    """Watches a forward from outside of the layers and of what comes after the last."""
 
-    def enter(module: nn.Module, *_: Any) -> None:
-        nonlocal inside
-        inside += 1
+    def __init__(self, model: nn.Module, container: str, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.watched = _Watched()
+        self._container, self._layers = container, list(layers)
+        self._inside = 0  # of a layer, or of another module that is not around them
+        self._over = False
+        self._seen: dict[int, tuple[Tensor, int]] = {}
+        self._names = {id(module): name for name, module in model.named_modules()}
+        of_layers = {id(part) for layer in layers for part in layer.modules()} - set(map(id, layers))
+        around = {id(model), *(key for key, name in self._names.items() if f"{container}.".startswith(f"{name}."))}
+        self._handles = [
+            handle
+            for module in model.modules()
+            if id(module) not in of_layers | around
+            for handle in (
+                module.register_forward_pre_hook(self._enter),
+                module.register_forward_hook(self._leave, with_kwargs=True),
+            )
+        ]
 
-    def leave_layer(module: nn.Module, given: Any, named: Any, output: Any) -> None:
-        nonlocal inside, over
-        inside -= 1
-        watched.inputs.append((given, named))
-        watched.outputs.append(output)
-        over = over or module is last
-
-    def leave(module: nn.Module, given: Any, named: Any, output: Any) -> None:
-        nonlocal inside
-        inside -= 1
-        if over and not inside:
-            watched.after.append((names[id(module)], given, named, output))
-        elif not watched.inputs:
-            watched.before.append(names[id(module)])
-
-    of_layers = {id(part) for layer in layers for part in layer.modules()}
-    for module in model.modules():
-        is_layer = any(module is layer for layer in layers)
-        if not is_layer and (id(module) in of_layers or id(module) in holders):
-            continue
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(leave_layer if is_layer else leave, with_kwargs=True))
-    try:
-        with torch.no_grad():
-            return model(*args, **kwargs)
-    finally:
-        for handle in handles:
+    def close(self) -> None:
+        for handle in self._handles:
             handle.remove()
+
+    def check_unchanged(self, where: str) -> None:
+        """Refuse a model that changes in place what layers take or give, while none of its modules runs."""
+        for tensor, version in self._seen.values():
+            if tensor._version != version:
+                raise PipelineUsageError(
+                    f"the model changes a tensor in place between the layers of {self._container} or after them, "
+                    f"outside of a module and before {where}: split the model with pipeline()"
+                )
+
+    def _enter(self, module: nn.Module, *_: Any) -> None:
+        if not self._inside:
+            self.check_unchanged(self._names[id(module)])
+        self._inside += 1
+
+    def _leave(self, module: nn.Module, given: Any, named: Any, output: Any) -> None:
+        self._inside -= 1
+        watched = self.watched
+        if any(module is layer for layer in self._layers):
+            watched.inputs.append((given, named))
+            watched.outputs.append(output)
+            self._over = self._over or module is self._layers[-1]
+        elif self._over and not self._inside:
+            watched.after.append((Step(self._names[id(module)], given, named), output))
+        elif not watched.inputs:
+            watched.before.append(self._names[id(module)])
+        if not self._inside and watched.inputs:
+            self._note((given, named, output))
+
+    def _note(self, nest: Any) -> None:
+        # What modules themselves change they change again on their stage.
+        known = [tensor for tensor, _ in self._seen.values()]
+        found = [leaf for leaf in tree_leaves(nest) if isinstance(leaf, Tensor)]
+        self._seen = {id(tensor): (tensor, tensor._version) for tensor in (*known, *found)}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self._over and not self._inside and isinstance(result, Tensor):
+            self.watched.after.append((Step(func, args, kwargs or {}), result))
+        return result
+
+
+def _run(
+    model: nn.Module, container: str, layers: Sequence[nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[_Watched, Any]:
+    watching = _Watching(model, container, layers)
+    try:
+        with unchanged([model]), torch.no_grad(), watching:
+            result = model(*args, **kwargs)
+        watching.check_unchanged("its end")
+    finally:
+        watching.close()
+    return watching.watched, result
 
 
 def _place_of_hidden(container: str, watched: _Watched) -> int | str:
@@ -245,19 +278,34 @@ def _place_of_hidden(container: str, watched: _Watched) -> int | str:
     return places[0]
 
 
-def _tail(watched: _Watched, result: Any) -> Tail:
+def _tail(model: nn.Module, watched: _Watched, result: Any) -> Tail:
     values = [first_of(watched.outputs[-1])]
-    calls = []
-    for name, given, named, output in watched.after:
-        if len(given) != 1 or named:
-            raise PipelineUsageError(f"{name} is called after the last layer with more than one input: use pipeline()")
-        calls.append((name, _number_of(given[0], values, f"{name} is called with")))
-        values.append(output)
+    constants = numbers_of(model)
+    steps = []
+    for step, output in watched.after:
+        if isinstance(step.what, str):
+            steps.append(_with_values(step, values))
+        elif can_be_repeated(step.what, step.args, step.kwargs, constants):
+            with contextlib.suppress(PipelineUsageError):
+                steps.append(_with_values(step, values))
+        if len(steps) == len(values):
+            values.append(output)
+        # What a function gives that cannot be repeated is of no matter, unless it is used.
     leaves, structure = tree_flatten(result)
-    results: list[Any] = [
-        _number_of(leaf, values, "the model returns") if isinstance(leaf, Tensor) else [leaf] for leaf in leaves
+    results = [
+        Value(_number_of(leaf, values, "the model returns")) if isinstance(leaf, Tensor) else leaf for leaf in leaves
     ]
-    return Tail(tuple(calls), tuple(results), structure)
+    return Tail(tuple(steps), tuple(results), structure)
+
+
+def _with_values(step: Step, values: Sequence[Any]) -> Step:
+    leaves, structure = tree_flatten((step.args, dict(step.kwargs)))
+    if isinstance(step.what, str) and len(leaves) != 1:
+        raise PipelineUsageError(f"{step.what} is called after the last layer with more than one input: use pipeline()")
+    what = f"{step.what} is called with"
+    known = [Value(_number_of(leaf, values, what)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    args, kwargs = tree_unflatten(known, structure)
+    return Step(step.what, args, kwargs)
 
 
 def _number_of(value: Any, values: Sequence[Any], what: str) -> int:
@@ -265,7 +313,8 @@ def _number_of(value: Any, values: Sequence[Any], what: str) -> int:
         if isinstance(known, Tensor) and _same(value, known):
             return number
     raise PipelineUsageError(
-        f"{what} a value that is computed after the last layer outside of a module: split the model with pipeline()"
+        f"{what} a value that is computed after the last layer outside of a module, and not in a way that is sure to "
+        "mean the same for other batches: split the model with pipeline()"
     )
 
 

@@ -57,19 +57,27 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "Mistral": lambda: _decoder("Mistral"),
     "Mixtral": lambda: _decoder("Mixtral", num_local_experts=2),
     "Gemma": lambda: _decoder("Gemma", head_dim=8),
+    "Gemma2": lambda: _decoder("Gemma2", head_dim=8),
     "Gemma3": _gemma3,
     "Phi": lambda: _decoder("Phi"),
     "GPT-2": _gpt2,
     "BERT": lambda: _make("Bert", "Model", vocab_size=TOKENS, **SIZES),
     "BERT with a head": lambda: _make("Bert", "ForMaskedLM", vocab_size=TOKENS, **SIZES),
+    "BERT, classes": lambda: _make("Bert", "ForSequenceClassification", vocab_size=TOKENS, **SIZES),
     "ViT": lambda: _make("ViT", "Model", image_size=8, patch_size=4, **SIZES),
+    "ViT, classes": lambda: _make("ViT", "ForImageClassification", image_size=8, patch_size=4, **SIZES),
 }
 
 REFUSED: dict[str, Callable[[], nn.Module]] = {
-    # They compute something after the last layer outside of modules: a softcap, the first token's part.
-    "Gemma2": lambda: _decoder("Gemma2", head_dim=8),
-    "ViT, classes": lambda: _make("ViT", "ForImageClassification", image_size=8, patch_size=4, **SIZES),
-}
+    # They look for the last token of each row, which the last stage does not know.
+    "Llama, classes": lambda: _make(
+        "Llama", "ForSequenceClassification", vocab_size=TOKENS, pad_token_id=0, use_cache=False, **SIZES
+    ),
+    "GPT-2, classes": lambda: _make(
+        "GPT2", "ForSequenceClassification", vocab_size=TOKENS, n_embd=32, n_layer=LAYERS, n_head=4, use_cache=False,
+        pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    ),
+}  # fmt: skip
 
 
 def inputs_of(name: str, rows: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -69,8 +69,98 @@ def test_stages_of_hugging_face_models_equal_the_model(name: str, sizes: list[in
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_computed_outside_of_modules_after_the_last_layer_is_refused(name: str) -> None:
-    with pytest.raises(PipelineUsageError, match=r"after the last layer outside of a module: split .* pipeline\(\)"):
+    with pytest.raises(PipelineUsageError, match=r"after the last layer outside of a module, .* pipeline\(\)"):
         layer_modules(REFUSED[name]().eval(), [3, 2], [0], (inputs_of(name, 1),))
+
+
+class Tailed(nn.Module):
+    """Something after its layers, or between them."""
+
+    def __init__(self, tail: Callable[[Any, Tensor], Any], between: Callable[[Tensor], Any] = lambda x: None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.leave = nn.Linear(4, 4)
+        self.cap, self.drop = 30.0, nn.Dropout(0.5)
+        self.tail, self.between = tail, between
+
+    def forward(self, x: Tensor) -> Any:
+        for layer in self.layers:
+            x = layer(x)
+            self.between(x)
+        return self.tail(self, self.leave(x))
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        lambda model, x: model.cap * torch.tanh(x / model.cap),
+        lambda model, x: (x[:, 0], x[:, -1], x[..., None], x[:, :, 0:]),
+        lambda model, x: {"mean": x.mean(dim=1), "shares": torch.softmax(x.float(), -1), "other": x.transpose(1, 2)},
+        lambda model, x: nn.functional.gelu(x).flatten(1) + model.cap,
+        lambda model, x: model.drop(x.tanh()).neg(),
+    ],
+)
+def test_functions_after_the_last_layer_are_called_again(tail: Callable[[Any, Tensor], Any]) -> None:
+    for sizes in ([1, 2], [3, 0]):
+        torch.manual_seed(0)
+        model = Tailed(tail).eval()
+        made = layer_modules(model, sizes, range(2), (torch.randn(2, 5, 4),))
+        # Of other sizes than the example, so that a number that was one of them would be seen.
+        assert_equal_to_the_model(model, [module for module, _ in made.values()], torch.randn(3, 7, 4))
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        lambda model, x: x / x.shape[1],
+        lambda model, x: x * (1.0 / x.shape[1]),
+        lambda model, x: x[:, x.shape[1] - 1],
+        lambda model, x: x[:, 1:],
+        lambda model, x: x.view(x.shape[0], -1),
+        lambda model, x: x[torch.arange(len(x)), 0],
+        lambda model, x: x @ model.leave.weight,
+        lambda model, x: x * torch.ones(4),
+        lambda model, x: nn.functional.dropout(x, 0.5),
+        lambda model, x: x.to(torch.float64),
+    ],
+)
+def test_functions_that_may_be_of_this_batch_alone_are_refused(tail: Callable[[Any, Tensor], Any]) -> None:
+    with pytest.raises(PipelineUsageError, match="not in a way that is sure to mean the same for other batches"):
+        layer_modules(Tailed(tail), [1, 2], [0], (torch.randn(2, 5, 4),))
+
+
+@pytest.mark.parametrize("where", ["between", "after", "of the result"])
+def test_changes_in_place_outside_of_modules_are_refused(where: str) -> None:
+    def tail(model: Tailed, x: Tensor) -> Any:
+        return x.mul_(2.0) if where == "of the result" else x
+
+    change = {"between": lambda x: x.add_(1), "after": lambda x: x.mul_(2) if x.mean() > 1e9 else x}
+    model = Tailed(tail, change.get(where, lambda x: None))
+    if where == "after":
+        model.leave.register_forward_pre_hook(lambda module, args: None)
+        model.between = lambda x: None
+        model.tail = lambda model, x: (x.relu_(), x)[1]
+    with pytest.raises(PipelineUsageError, match="changes a tensor in place"):
+        layer_modules(model, [1, 2], [0], (torch.randn(2, 5, 4),))
+
+
+def test_modules_that_work_in_place_are_none_of_that() -> None:
+    model = Tailed(lambda model, x: model.last(x))
+    model.last = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 2))
+    made = layer_modules(model, [1, 2], range(2), (torch.randn(2, 5, 4),))
+    assert_equal_to_the_model(model, [module for module, _ in made.values()], torch.randn(2, 5, 4))
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = Tailed(lambda model, x: model.drop(model.norm(x.flatten(1))))
+    model.norm = nn.BatchNorm1d(20)
+    state = copy.deepcopy(model.state_dict())
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    layer_modules(model, [1, 2], [0], (torch.randn(2, 5, 4, generator=torch.Generator()),))
+    assert torch.equal(torch.rand(2), expected)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 class Layer(nn.Module):
