@@ -26,7 +26,7 @@ from lm.history import History
 from lm.model import LanguageModel, ModelConfig, token_loss
 from lm.optimisation import learning_rate, make_adamw
 from lm.text import VOCABULARY, Corpus, bits
-from pp_runtime import BuiltPipeline, build_pipeline
+from pp_runtime import BuiltPipeline, RunRecord, build_pipeline
 from pp_runtime.orders import ORDERS
 
 SCHEDULES = tuple(name for name, spec in ORDERS.items() if not spec.forward_only)
@@ -73,6 +73,7 @@ def train(flags: argparse.Namespace) -> None:
         learnt = f"{len(corpus.training):,} bytes to learn, unigram entropy {entropy:.3f} nats a byte"
         print(f"{pipeline.report()}\non {device.type}; {learnt}", flush=True)
     bar = progress_bar(begin, flags, shown=pipeline.holds_last)
+    run = RunRecord(pipeline)
     for step in range(begin, flags.steps):
         done = step + 1
         is_last = done == flags.steps
@@ -89,6 +90,7 @@ def train(flags: argparse.Namespace) -> None:
         bar.update(flags.batch * flags.length)
         if history is not None:
             history.add(done, loss=loss)
+        run.add(done, tokens=flags.batch * flags.length, loss=loss)
         if is_last:
             timeline = pipeline.schedule.timeline().gather()
         if is_last or done % flags.validate_every == 0:
@@ -100,6 +102,7 @@ def train(flags: argparse.Namespace) -> None:
         if is_last or (flags.save_every and done % flags.save_every == 0):
             checkpoints.save(folder, done, pipeline, optimizer)
     bar.close()
+    run.save(flags.output / "run.json")
     if history is not None:
         timeline.save_png(flags.output / "timeline.png")
         history.save_png(flags.output / "loss.png", entropy)
@@ -141,7 +144,8 @@ def report(history: History, entropy: float, output: Path) -> None:
     print(
         f"training loss {loss:.3f}, validation loss {validation:.3f} nats a byte ({bits(validation):.2f} bits); "
         f"unigram entropy {entropy:.3f} ({bits(entropy):.2f} bits)\n"
-        f"{output}: loss.png, timeline.png, losses.jsonl, checkpoints/",
+        f"{output}: loss.png, timeline.png, losses.jsonl, checkpoints/, run.json\n"
+        f"python -m pp_runtime report {output / 'run.json'} makes a page of it",
         flush=True,
     )
 

@@ -44,6 +44,7 @@ from pp_runtime.stage import PipelineStage, build_stage  # noqa: E402
 if TYPE_CHECKING:
     from pp_runtime.advising import Advice, DeviceSpeed, LinkSpeed, advise
     from pp_runtime.building import BuiltPipeline, build_pipeline
+    from pp_runtime.recording import RunRecord
     from pp_runtime.splitting import (
         Partition,
         Pipe,
@@ -70,6 +71,7 @@ __all__ = [
     "PipelineMetrics",
     "PipelineStage",
     "PipelineUsageError",
+    "RunRecord",
     "Schedule1F1B",
     "ScheduleAuto",
     "ScheduleDualPipeV",
@@ -111,6 +113,10 @@ def __getattr__(name: str) -> Any:
         from pp_runtime import advising
 
         return getattr(advising, name)
+    if name == "RunRecord":
+        from pp_runtime.recording import RunRecord
+
+        return RunRecord
     if name in __all__:
         from pp_runtime import splitting
 

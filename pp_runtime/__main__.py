@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from pp_runtime.orders import (
     schedule_name,
     to_torch_form,
 )
-from pp_runtime.pictures import draw, text_picture, write_chrome, write_html
+from pp_runtime.pictures import draw, read_more, text_picture, write_chrome, write_html, write_report
 from pp_runtime.planning import (
     Plan,
     Wiring,
@@ -41,8 +42,9 @@ from pp_runtime.planning import (
     verify,
     verify_communication,
 )
+from pp_runtime.recording import VERSION as RUN_VERSION
 from pp_runtime.running import loads_of
-from pp_runtime.timing import Costs, Simulation, Timeline, has_communication, read_costs, simulate
+from pp_runtime.timing import Costs, Simulation, Timeline, as_planned, has_communication, read_costs, simulate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -133,6 +135,23 @@ def _convert(options: argparse.Namespace) -> None:
         sys.stdout.writelines(",".join(map(str, order[rank])) + "\r\n" for rank in sorted(order))
     else:
         dump_order(options.output, order)
+
+
+def _report(options: argparse.Namespace) -> None:
+    run, measured = read_more(options.file), Timeline.from_chrome(options.file)
+    if run is None:
+        run = {"title": options.file.name}
+    elif run.get("version") != RUN_VERSION:
+        raise ValueError(
+            f"{options.file} is of version {run.get('version')} of such files, and this reads {RUN_VERSION}: take the "
+            "pp_runtime that wrote it."
+        )
+    timelines = {"measured": measured} if measured.spans else {}
+    with contextlib.suppress(ValueError):  # a trace of one rank, or of stages that form no chain
+        timelines = {"planned": as_planned(measured), "measured": measured}
+    output = options.output or options.file.with_suffix(".html")
+    write_report(output, run, timelines)
+    print(output)
 
 
 def _load(options: argparse.Namespace) -> tuple[Order, Placement]:
@@ -255,6 +274,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_file(playing)
     _add_costs(playing)
     _add_pictures(playing)
+    reporting = _command(commands, "report", _report, "make a page of a run that RunRecord saved, or of a trace")
+    reporting.add_argument("file", type=Path, help="what RunRecord.save or Timeline.to_chrome wrote")
+    reporting.add_argument("output", type=Path, nargs="?", help="the page; without it, beside the file, as .html")
     converting = _command(commands, "convert", _convert, "add sends and receives to a compute-only CSV file")
     _add_file(converting)
     converting.add_argument("output", type=Path, nargs="?", help="the file to write; without it, standard output")

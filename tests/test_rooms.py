@@ -19,7 +19,7 @@ PACKAGE = "pp_runtime"
 ROOT = Path(__file__).resolve().parent.parent
 # From the top down; a file imports from its own floor and those below. Files beside the rooms are torch's names.
 FLOORS = (
-    ("__init__", "__main__", "advising", "building", "_schedule_visualizer", "_IR", "_unflatten"),
+    ("__init__", "__main__", "advising", "building", "recording", "_schedule_visualizer", "_IR", "_unflatten"),
     ("schedules",),
     ("splitting",),
     ("stage", "microbatch", "_backward", "_utils"),

@@ -11,10 +11,16 @@ from pp_runtime.orders import Action, leaves
 from pp_runtime.pictures.spans import Span, Spans
 
 
-def write_chrome(path: str | Path, timelines: Mapping[str, Spans], microseconds: float = 1e6) -> None:
+def write_chrome(
+    path: str | Path,
+    timelines: Mapping[str, Spans],
+    microseconds: float = 1e6,
+    more: Mapping[str, Any] | None = None,
+) -> None:
     """Write named timelines beside each other: one process a timeline, one thread a rank.
 
-    ``microseconds`` is how many microseconds one unit of the spans becomes: 1e6 for seconds.
+    ``microseconds`` is how many microseconds one unit of the spans becomes: 1e6 for seconds. ``more`` is what else the
+    file holds, which :func:`read_more` gives back.
     """
     with open(path, "w", encoding="utf-8") as file:
         file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
@@ -23,30 +29,55 @@ def write_chrome(path: str | Path, timelines: Mapping[str, Spans], microseconds:
             for event in _events(process, name, timeline.from_zero(), microseconds):
                 file.write(separator + json.dumps(event, separators=(",", ":")))
                 separator = ",\n"
-        file.write(f'\n],"otherData":{{"microseconds_a_unit":{microseconds!r}}}}}\n')
+        other = {"microseconds_a_unit": microseconds} | ({} if more is None else {_MORE: more})
+        file.write('\n],"otherData":' + json.dumps(other, separators=(",", ":"), allow_nan=False) + "}\n")
 
 
 def read_chrome(path: str | Path) -> Spans:
     """The first timeline of a file that :func:`write_chrome` wrote; ValueError for other files."""
+    content = _content_of(path)
+    try:
+        scale = float(content["otherData"].get("microseconds_a_unit", 1e6))
+        events = [event for event in content["traceEvents"] if event.get("ph") == "X" and event.get("pid") == 0]
+        return Spans(
+            tuple(
+                Span(
+                    int(event["tid"]),
+                    str(event["args"]["action"]),
+                    event["ts"] / scale,
+                    (event["ts"] + event["dur"]) / scale,
+                    event["args"].get("waited_us", 0.0) / scale,
+                )
+                for event in events
+            )
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise _not_ours(path, error) from None
+
+
+def read_more(path: str | Path) -> dict[str, Any] | None:
+    """What :func:`write_chrome` wrote beside timelines; None where that was nothing, ValueError for other files."""
+    more = _content_of(path)["otherData"].get(_MORE)
+    return more if isinstance(more, dict) else None
+
+
+_MORE = "pp_runtime"
+
+
+def _content_of(path: str | Path) -> dict[str, Any]:
     with open(path, encoding="utf-8") as file:
         try:
             content = json.load(file)
-            scale = float(content.get("otherData", {}).get("microseconds_a_unit", 1e6))
-            events = [event for event in content["traceEvents"] if event.get("ph") == "X" and event.get("pid") == 0]
-            return Spans(
-                tuple(
-                    Span(
-                        int(event["tid"]),
-                        str(event["args"]["action"]),
-                        event["ts"] / scale,
-                        (event["ts"] + event["dur"]) / scale,
-                        event["args"].get("waited_us", 0.0) / scale,
-                    )
-                    for event in events
-                )
-            )
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a trace that pp_runtime wrote: {error!r}.") from None
+        except ValueError as error:
+            raise _not_ours(path, error) from None
+    if not isinstance(content, dict) or not isinstance(content.get("traceEvents"), list):
+        raise _not_ours(path, ValueError("it has no list of traceEvents"))
+    other = content.get("otherData")
+    return content | {"otherData": other if isinstance(other, dict) else {}}
+
+
+def _not_ours(path: str | Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is not a trace that pp_runtime wrote: {error!r}.")
 
 
 def _events(process: int, name: str, timeline: Spans, scale: float) -> Iterator[dict[str, Any]]:

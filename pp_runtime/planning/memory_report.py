@@ -57,12 +57,16 @@ class MemoryReport:
     num_microbatches: int
     ranks: tuple[RankMemory, ...]
 
-    def __str__(self) -> str:
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table's cells as text, its heads first."""
         rows = [("rank", *_COLUMNS.values())]
         for row in self.ranks:
             amounts = [getattr(row, name) for name in _COLUMNS]
             rows.append((str(row.rank), *(f"{each.count} ({human(each.bytes)})" for each in amounts)))
-        return "\n".join(f"{row[0]:>4}" + "".join(f"{cell:>21}" for cell in row[1:]) for row in rows)
+        return rows
+
+    def __str__(self) -> str:
+        return "\n".join(f"{row[0]:>4}" + "".join(f"{cell:>21}" for cell in row[1:]) for row in self.rows())
 
 
 _COLUMNS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pp_runtime.timing.as_planned import as_planned
 from pp_runtime.timing.costs import Costs
 from pp_runtime.timing.measured import read_costs
 from pp_runtime.timing.network import has_communication
@@ -14,6 +15,7 @@ __all__ = [
     "Simulation",
     "Timeline",
     "activation_peaks",
+    "as_planned",
     "has_communication",
     "read_costs",
     "simulate",

@@ -10,6 +10,7 @@ import pytest
 from pp_runtime.orders.catalogue import build_order
 from pp_runtime.pictures.perfetto import write_chrome
 from pp_runtime.planning.passes.communication import insert_communication
+from pp_runtime.timing.as_planned import as_planned
 from pp_runtime.timing.costs import Costs
 from pp_runtime.timing.simulation import simulate
 from pp_runtime.timing.timeline import Span, Timeline
@@ -140,3 +141,23 @@ def test_every_rank_gets_the_timeline_of_all() -> None:
     assert first.spans == second.spans
     assert first.ranks == (0, 1)
     assert first.makespan == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("name", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"])
+def test_a_step_as_planned_is_the_simulation_at_its_median_times(name: str) -> None:
+    stages = 2 if name == "1F1B" else 4
+    order, placement = build_order(name, 2, stages, 6)
+    costs = Costs(1.0, 1.5, 0.5, overlap=0.8, transfer=0.25)
+    planned = simulate(order, costs, placement=placement).timeline()
+    late = [Span(s.rank, s.action, s.start + s.rank, s.end + s.rank + 0.1 * (s.action == "0F3")) for s in planned.spans]
+    again = as_planned(Timeline(tuple(late)))
+    # Nothing is known of messages, and the one late action is no median.
+    expected = simulate(order, costs.with_overrides(transfer=0.0), placement=placement).timeline()
+    assert again.makespan == pytest.approx(expected.makespan)
+    assert {(s.rank, s.action) for s in again.spans} == {(s.rank, s.action) for s in planned.spans}
+
+
+def test_a_step_of_one_rank_has_no_plan() -> None:
+    alone = Timeline(simulate(build_order("1F1B", 2, 2, 4)[0]).timeline().of_rank(1))
+    with pytest.raises(ValueError):
+        as_planned(alone)
