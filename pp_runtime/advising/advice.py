@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pp_runtime.advising.stage_costs import LinkSpeed, StageCost, activation_peak, costs_of, cut_units, loads_of_stages
 from pp_runtime.advising.units import Unit
 from pp_runtime.errors import PipelineUsageError
 from pp_runtime.orders import ORDERS, Order, Placement, adjacent_edges, build_order, looped
-from pp_runtime.planning import Plan, Wiring, auto, human, plan_memory
+from pp_runtime.planning import Plan, Wiring, aligned, auto, human, plan_memory
 from pp_runtime.splitting import Partition, partition
 from pp_runtime.timing import Costs, activation_peaks, simulate
 
@@ -92,16 +92,8 @@ class Advice:
     def table(self) -> str:
         """The choices as aligned text, then what to take."""
         heads = ["schedule", "stages", "microbatches", "step", "bubble", "fullest rank", "activations", "messages", ""]
-        rows = [heads, *map(self._cells, self.choices)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}" for i, (cell, width) in enumerate(cells))
-            for cells in (list(zip(row, widths, strict=True)) for row in rows)
-        ]
-        lines = [line.rstrip() for line in lines]
-        return "\n".join(
-            [*lines, "", self.verdict(), *(f"{name} is left out: {why}" for name, why in self.refused.items())]
-        )
+        lines = [*aligned([heads, *map(self._cells, self.choices)]), "", self.verdict()]
+        return "\n".join([*lines, *(f"{name} is left out: {reason}" for name, reason in self.refused.items())])
 
     def verdict(self) -> str:
         """What to take, in a sentence."""
@@ -173,10 +165,11 @@ def advise_for(units: Mapping[int, Sequence[Unit]], setting: Setting, *, in_seco
     found = {choice.schedule for choice in choices}
     if not choices:
         raise PipelineUsageError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
-    advice = Advice((), {}, setting.memory)
-    choices.sort(key=lambda choice: (not advice.fits(choice), choice.step_s, choice.peak))
-    kept = {name: reason for name, reason in refused.items() if name not in found}
-    return Advice(tuple(choices), kept, setting.memory, in_seconds)
+    left_out = {name: reason for name, reason in refused.items() if name not in found}
+    advice = Advice(
+        tuple(sorted(choices, key=lambda each: (each.step_s, each.peak))), left_out, setting.memory, in_seconds
+    )
+    return replace(advice, choices=tuple(sorted(advice.choices, key=advice.fits, reverse=True)))
 
 
 def _stages_a_rank(name: str) -> Sequence[int]:

@@ -49,11 +49,12 @@ class StageCost:
     def of(units: Sequence[Unit]) -> StageCost:
         """Of units that follow each other."""
         splits = units[0].needs_input_gradient  # or all of the backward is for weights
+        # What is passed on and trained; the rest, such as a mask, is made once.
         pairs = list(zip_longest(units, units[1:], fillvalue=_NOTHING))
-        kept = [one.kept + one.output * (one.keeps_output or after.keeps_input) for one, after in pairs]
+        kept = [one.kept + one.gradient * (one.keeps_output or after.keeps_input) for one, after in pairs]
         halves = [
             one.kept_for_weight
-            + one.output * (one.keeps_output_for_weight or after.keeps_input_for_weight)
+            + one.gradient * (one.keeps_output_for_weight or after.keeps_input_for_weight)
             + one.gradient * (one.keeps_gradient_for_weight and after is not _NOTHING)
             for one, after in pairs
         ]
@@ -132,7 +133,7 @@ def activation_peak(actions: Iterable[Action], stages: Sequence[StageCost], plac
     handed = [
         0,
         *(
-            before.output * (here and stage.keeps_input and not before.keeps_output)
+            before.gradient * (here and stage.keeps_input and not before.keeps_output)
             for before, stage, here in zip(stages, stages[1:], local, strict=False)
         ),
     ]

@@ -144,7 +144,7 @@ def _counted(row: UnitRow, index: int, given: Sample, device: DeviceSpeed | None
 
     whole = Pass(row, index, given)
     forward_most, forward = most_of(whole.forward)
-    kept = tally.live - tally.size_of(tally.memory_of(whole.outputs))
+    kept = tally.live - tally.size_of(tally.memory_of(output for output in whole.outputs if output.requires_grad))
     whole.make_gradients()
     backward_most, backward = most_of(whole.backward)
     del whole
@@ -156,7 +156,7 @@ def _counted(row: UnitRow, index: int, given: Sample, device: DeviceSpeed | None
     output, sizes = halves.passed_on(), [(_bytes(each), each.requires_grad) for each in halves.outputs]
     needs_input_gradient = bool(halves.trained_inputs)
     came = tally.memory_of(halves.trained_inputs)
-    made = tally.memory_of(halves.outputs) - came
+    made = tally.memory_of(output for output in halves.outputs if output.requires_grad) - came
     came_back = tally.memory_of(halves.gradients)
     input_most, backward_input = most_of(halves.backward_input)
     halves.let_go()
@@ -200,7 +200,7 @@ def _what_is_saved(row: UnitRow, index: int, given: Sample) -> tuple[bool, bool]
         one.forward()
     found = [
         any(tensor.untyped_storage()._cdata in saved for tensor in tensors)
-        for tensors in (one.trained_inputs, one.outputs)
+        for tensors in (one.trained_inputs, [output for output in one.outputs if output.requires_grad])
     ]
     one.make_gradients()
     one.backward()

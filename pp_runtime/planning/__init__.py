@@ -13,7 +13,7 @@ from pp_runtime.planning.passes import (
     merge_split_backward,
 )
 from pp_runtime.planning.plan import Plan, Wiring
-from pp_runtime.planning.search import auto, compare
+from pp_runtime.planning.search import aligned, auto, compare
 from pp_runtime.planning.topology import PipeInfo, StageWiring, run_stages, stage_wiring
 from pp_runtime.planning.verifier import verify, verify_communication
 
@@ -30,6 +30,7 @@ __all__ = [
     "Plan",
     "StageWiring",
     "Wiring",
+    "aligned",
     "auto",
     "compare",
     "defer_receives",

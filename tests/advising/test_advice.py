@@ -176,7 +176,7 @@ class Model(nn.Module):
 
 
 def _said_and_ran(rank: int) -> list[tuple[str, float, float]]:
-    model, x, y = Model(0.01), torch.randn(16, 4), torch.randn(16, 2)
+    model, x, y = Model(0.015), torch.randn(16, 4), torch.randn(16, 2)
     advice = advise(
         model,
         2,
@@ -185,7 +185,7 @@ def _said_and_ran(rank: int) -> list[tuple[str, float, float]]:
         loss_fn=nn.functional.mse_loss,
         microbatches=(4,),
         schedules=("1F1B", "gpipe", "Interleaved1F1B"),
-        repeats=2,
+        repeats=4,
         group=dist.group.WORLD,
     )
     found = []
@@ -202,7 +202,7 @@ def _said_and_ran(rank: int) -> list[tuple[str, float, float]]:
             partition=choice.sizes,
         )
         steps = []
-        for _ in range(3):
+        for _ in range(4):
             pipeline.step(x, target=y)
             steps.append(pipeline.schedule.metrics().step_s)
         found.append((choice.schedule, choice.step_s, min(steps)))
@@ -213,7 +213,8 @@ def test_a_step_takes_as_long_as_was_said() -> None:
     of_ranks = ranks.run(_said_and_ran)
     assert len(of_ranks[0]) == 3 and [row[:2] for row in of_ranks[0]] == [row[:2] for row in of_ranks[1]]
     for schedule, said, ran in of_ranks[0]:
-        assert abs(said - ran) < 0.1 * ran, (schedule, said, ran)
+        # Beside other work on the machine; a bubble left out would be 0.2 of it.
+        assert abs(said - ran) < 0.15 * ran, (schedule, said, ran)
 
 
 def test_the_model_is_left_as_it_was() -> None:

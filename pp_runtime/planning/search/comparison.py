@@ -52,8 +52,7 @@ class Comparison:
             )
             for row in self.rows
         ]
-        widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
-        lines = [_aligned(line, widths) for line in [heads, *cells]]
+        lines = aligned([heads, *cells])
         lines += ["", self.verdict()]
         lines += [f"{name} is left out: {reason}" for name, reason in self.refused.items()]
         return "\n".join(lines)
@@ -163,9 +162,14 @@ def _auto_row(num_ranks: int, num_stages: int, num_microbatches: int, costs: Cos
     return min(rows, key=lambda row: (row.makespan, row.activations))
 
 
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *others = (
-        f"{cell:<{width}}" if place == 0 else f"{cell:>{width}}"
-        for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
-    return "  ".join([first, *others])
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table of text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        first, *others = (
+            f"{cell:<{width}}" if place == 0 else f"{cell:>{width}}"
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join([first, *others]).rstrip())
+    return lines
