@@ -264,6 +264,7 @@ def _later_stage(model: nn.Module, score: Score, held: range, is_last: bool) -> 
         kept.update(score.tail.modules)
     made = _skeleton(model, {})
     _keep_only(made, "", kept)
+    made._forward_pre_hooks.clear()  # for the model's inputs
     made.__class__ = type(f"Later{type(model).__name__}", (_Later, type(model)), {})
     made._score, made._held, made._is_last = score, held, is_last  # type: ignore[assignment]
     return made

@@ -88,6 +88,7 @@ def rehearse(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], l
     computes something outside of modules after the last.
     """
     container_name, container = find_layers(model, layers)
+    _check_hooks(model, container_name)
     names = tuple(container._modules)
     watched, result = _run(model, container_name, list(container.children()), args, kwargs)
     if len(watched.inputs) != len(names):
@@ -173,6 +174,23 @@ def first_of(output: Any) -> Any:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
+def _around(model: nn.Module, container: str) -> dict[str, nn.Module]:
+    """The modules that the layers are in, by name: the model, the container and what is between."""
+    return {
+        name: module for name, module in model.named_modules() if not name or f"{container}.".startswith(f"{name}.")
+    }
+
+
+def _check_hooks(model: nn.Module, container: str) -> None:
+    for name, module in _around(model, container).items():
+        for kind in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            if getattr(module, kind):
+                raise PipelineUsageError(
+                    f"{name or 'the model'} has a hook ({kind.strip('_').replace('_', ' ')[:-1]}), and no stage is all "
+                    "of it: remove it, or register it on the modules of the stages"
+                )
+
+
 class _Watching(TorchFunctionMode):
     """Watches a forward from outside of the layers and of what comes after the last."""
 
@@ -185,7 +203,7 @@ class _Watching(TorchFunctionMode):
         self._seen: dict[int, tuple[Tensor, int]] = {}
         self._names = {id(module): name for name, module in model.named_modules()}
         of_layers = {id(part) for layer in layers for part in layer.modules()} - set(map(id, layers))
-        around = {id(model), *(key for key, name in self._names.items() if f"{container}.".startswith(f"{name}."))}
+        around = {id(module) for module in _around(model, container).values()}
         self._handles = [
             handle
             for module in model.modules()

@@ -144,6 +144,28 @@ def test_changes_in_place_outside_of_modules_are_refused(where: str) -> None:
         layer_modules(model, [1, 2], [0], (torch.randn(2, 5, 4),))
 
 
+def test_hooks_around_the_layers_are_refused_and_others_run() -> None:
+    seen: list[str] = []
+    model = Model()
+    model.register_forward_pre_hook(lambda module, args: (args[0] * 2, *args[1:]))
+    model.enter.register_forward_hook(lambda module, args, output: output + 1)
+    model.blocks["block_2"].register_forward_hook(lambda module, args, output: output * 3)
+    model.leave.register_full_backward_hook(lambda module, inputs, outputs: seen.append("leave"))
+    made = layer_modules(model, [1, 2, 1], range(3), (torch.randn(2, 4), 0.5))
+    assert_equal_to_the_model(model, [module for module, _ in made.values()], torch.randn(5, 4), 2.0)
+    assert seen == ["leave", "leave"]
+    for register, kind in (
+        (model.register_forward_hook, "the model has a hook .forward hook."),
+        (model.blocks.register_forward_hook, "blocks has a hook .forward hook."),
+        (model.register_full_backward_hook, "the model has a hook .backward hook."),
+        (model.register_full_backward_pre_hook, "the model has a hook .backward pre hook."),
+    ):
+        handle = register(lambda *_: None)
+        with pytest.raises(PipelineUsageError, match=kind):
+            layer_modules(model, [1, 2, 1], range(3), (torch.randn(2, 4), 0.5))
+        handle.remove()
+
+
 def test_modules_that_work_in_place_are_none_of_that() -> None:
     model = Tailed(lambda model, x: model.last(x))
     model.last = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 2))
