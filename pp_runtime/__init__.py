@@ -47,13 +47,17 @@ if TYPE_CHECKING:
         Partition,
         Pipe,
         SplitPoint,
+        Weights,
         layer_costs,
         layer_modules,
         layer_stages,
+        load_weights,
+        open_weights,
         partition,
         pipe_split,
         pipeline,
         stages_of_rank,
+        without_weights,
     )
 
 __all__ = [
@@ -80,6 +84,7 @@ __all__ = [
     "ScheduleZBVZeroBubble",
     "SplitPoint",
     "StepMetrics",
+    "Weights",
     "__version__",
     "_ScheduleForwardOnly",
     "build_pipeline",
@@ -89,10 +94,13 @@ __all__ = [
     "layer_costs",
     "layer_modules",
     "layer_stages",
+    "load_weights",
+    "open_weights",
     "partition",
     "pipe_split",
     "pipeline",
     "stages_of_rank",
+    "without_weights",
 ]
 
 
