@@ -49,13 +49,17 @@ if TYPE_CHECKING:
         Partition,
         Pipe,
         SplitPoint,
+        Weights,
         layer_costs,
         layer_modules,
         layer_stages,
+        load_weights,
+        open_weights,
         partition,
         pipe_split,
         pipeline,
         stages_of_rank,
+        without_weights,
     )
 
 __all__ = [
@@ -86,6 +90,7 @@ __all__ = [
     "ScheduleZBVZeroBubble",
     "SplitPoint",
     "StepMetrics",
+    "Weights",
     "__version__",
     "_ScheduleForwardOnly",
     "advise",
@@ -96,10 +101,13 @@ __all__ = [
     "layer_costs",
     "layer_modules",
     "layer_stages",
+    "load_weights",
+    "open_weights",
     "partition",
     "pipe_split",
     "pipeline",
     "stages_of_rank",
+    "without_weights",
 ]
 
 

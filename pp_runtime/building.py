@@ -153,6 +153,7 @@ def build_pipeline(
     num_stages: int | None = None,
     partition: str | Sequence[int] = "layers",
     layers: str | None = None,
+    weights: Any = None,
     parallelize: Callable[[nn.Module], nn.Module | None] | None = None,
     compile: bool | Mapping[str, Any] = False,
     **options: Any,
@@ -168,7 +169,8 @@ def build_pipeline(
         num_stages: in all; by default as many a rank as the schedule takes, two where it takes any.
         partition: "layers", equally many; "time", of forwards on the example, measured on the first rank, with what
             comes before and after the layers; or the sizes themselves, as :func:`pp_runtime.partition` gives them.
-        layers, parallelize: as in :func:`pp_runtime.layer_stages`.
+        layers, weights, parallelize: as in :func:`pp_runtime.layer_stages`. With ``weights``, the model may be on the
+            meta device (:func:`pp_runtime.without_weights`): each rank then reads its own stages' and makes no others.
         compile: compile each stage for split backwards (``PipelineStage.compile``); a mapping has its options.
         options: of the schedule's class.
 
@@ -182,7 +184,16 @@ def build_pipeline(
     count = ranks * len(mine)
     cut = _cut(whole, count, partition, example, example_kwargs or {}, layers, process_group)
     stages = layer_stages(
-        whole, cut, mine, device, example, example_kwargs, layers=layers, group=process_group, parallelize=parallelize
+        whole,
+        cut,
+        mine,
+        device,
+        example,
+        example_kwargs,
+        layers=layers,
+        group=process_group,
+        weights=weights,
+        parallelize=parallelize,
     )
     if compile:
         for stage in stages:

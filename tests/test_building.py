@@ -12,9 +12,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from pp_runtime import BuiltPipeline, build_pipeline
+from pp_runtime import BuiltPipeline, build_pipeline, without_weights
 from pp_runtime.errors import PipelineUsageError
 from tests.helpers import api, ranks
+from tests.helpers.checkpoints import write
 from tests.helpers.layered_huggingface import LAYERS, MODELS, inputs_of
 
 pytestmark = api.ours_only("builds nothing in one call")
@@ -185,3 +186,72 @@ def test_what_cannot_be_built_is_said_and_what_was_is_reported() -> None:
         "  stage 1: layers 2 to 4, load 3",
         "balance 0.833, bubble 0.286 if F, I and W take as long",  # of 42: 2 to begin with, 4 x 9, 4 at the end
     ]
+
+
+def _without_values(rank: int, name: str, schedule: str, folder: str, form: str) -> list[str]:
+    """A step of a pipeline whose weights were read, beside one of the same model in memory; what differs."""
+    built, whole = build(name, schedule)
+    weights = Path(folder) / f"{rank}"
+    weights.mkdir()
+    with without_weights():
+        model = MODELS[name]().eval()
+    read = build_pipeline(
+        model,
+        schedule,
+        microbatches=4,
+        loss_fn=loss_of,
+        example=(inputs_of(name, 1),),
+        weights=write(form, whole.state_dict(), weights),
+    )
+    tokens = inputs_of(name, 8)
+    for each in (built, read):
+        each.step(tokens, target=tokens)
+    pairs = zip(read.named_parameters(), built.named_parameters(), strict=True)
+    found = [key for (key, one), (_, other) in pairs if not (one.equal(other) and torch.equal(one.grad, other.grad))]
+    held = set(read.parameters())
+    return found + [key for key, each in model.named_parameters() if (each in held) == each.is_meta]
+
+
+TIED = "Llama, tied"
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "form"),
+    [
+        ("Llama", "1F1B", "distributed"),
+        (TIED, "1F1B", "torch file"),
+        (TIED, "ZBVZeroBubble", "mapping"),
+        ("GPT-2", "Interleaved1F1B", "torch file"),
+        ("Qwen2", "1F1B", "safetensors index"),
+    ],
+)
+def test_a_model_that_is_never_whole_trains_as_the_whole_one(
+    tmp_path: Path, name: str, schedule: str, form: str
+) -> None:
+    run = {"name": name, "schedule": schedule, "form": form, "folder": str(tmp_path)}
+    assert ranks.run(_without_values, 2, timeout=100, **run) == [[], []]
+
+
+def _sharded_ties(rank: int) -> list[str]:
+    """One rank that holds first and last stage, each sharded; what differs from the plain model after two steps."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh("cpu", (1, 1), mesh_dim_names=("pp", "dp"))
+    built, plain = build(TIED, "ZBVZeroBubble", group=mesh, parallelize=lambda m: fully_shard(m, mesh=mesh["dp"]))
+    tokens = inputs_of(TIED, 8)
+    optimizers = [torch.optim.SGD(each.parameters(), 0.1) for each in (plain, built)]  # type: ignore[attr-defined]
+    for _ in range(2):
+        for part in tokens.chunk(4):
+            (loss_of(plain(part), part) / 4).backward()
+        built.step(tokens, target=tokens)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    whole = dict(plain.named_parameters(remove_duplicate=False))
+    return [
+        key for key, each in built.named_parameters() if not torch.allclose(each.full_tensor(), whole[key], atol=1e-5)
+    ]
+
+
+def test_what_two_stages_of_a_rank_share_stays_tied_when_they_are_sharded() -> None:
+    assert ranks.run(_sharded_ties, 1, timeout=60) == [[]]

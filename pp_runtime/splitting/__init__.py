@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 from pp_runtime.splitting import tracing
 from pp_runtime.splitting.layer_costs import layer_costs
 from pp_runtime.splitting.layered import layer_modules, layer_stages
+from pp_runtime.splitting.loading import load_weights
 from pp_runtime.splitting.partition import Partition, partition
 from pp_runtime.splitting.placement import stages_of_rank
 from pp_runtime.splitting.rehearsal import find_layers, forward_times, moment
 from pp_runtime.splitting.torch_package import torch_pipelining
 from pp_runtime.splitting.tracing import annotate_split_points, pipeline
 from pp_runtime.splitting.unchanged import unchanged
+from pp_runtime.splitting.weightless import without_weights
+from pp_runtime.splitting.weights import Weights, open_weights
 
 if TYPE_CHECKING:
     from pp_runtime.splitting.tracing import Pipe, SplitPoint, pipe_split
@@ -21,19 +24,23 @@ __all__ = [
     "Partition",
     "Pipe",
     "SplitPoint",
+    "Weights",
     "annotate_split_points",
     "find_layers",
     "forward_times",
     "layer_costs",
     "layer_modules",
     "layer_stages",
+    "load_weights",
     "moment",
+    "open_weights",
     "partition",
     "pipe_split",
     "pipeline",
     "stages_of_rank",
     "torch_pipelining",
     "unchanged",
+    "without_weights",
 ]
 
 

@@ -10,7 +10,6 @@ Modules and parameters keep the model's names, so a checkpoint of the model fits
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -21,7 +20,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from pp_runtime.errors import PipelineUsageError
+from pp_runtime.running import find_parameter
+from pp_runtime.splitting.loading import load_weights
 from pp_runtime.splitting.rehearsal import Score, describe_given, first_of, given_names, rehearse
+from pp_runtime.splitting.skeleton import lacks_values, skeleton
+from pp_runtime.splitting.weights import open_weights
 from pp_runtime.stage import PipelineStage
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -38,30 +41,40 @@ def layer_stages(
     *,
     layers: str | None = None,
     group: dist.ProcessGroup | None = None,
+    weights: Any = None,
     parallelize: Callable[[nn.Module], nn.Module | None] | None = None,
 ) -> list[PipelineStage]:
     """The pipeline stages of a rank, cut out of a whole model whose layers stand in a list or dict.
 
     Args:
         model: on any device. It is run once, with ``args`` and ``kwargs``, to see how its values go; then each stage
-            gets a copy of its part, moved to ``device``.
+            gets its part, moved to ``device``. On the meta device (:func:`pp_runtime.without_weights`) it is run
+            without values, nothing of it is ever whole in memory, and ``weights`` are needed.
         sizes: how many layers each stage has, as :func:`pp_runtime.partition` gives them.
         stages: the stages to make, as :func:`pp_runtime.stages_of_rank` gives them.
         args, kwargs: an example of the model's inputs, of any batch size.
         layers: the name of the container, if it is not the longest one.
-        parallelize: called with each stage's module, to wrap, shard or compile it; may return another.
+        weights: where the whole model's weights are, of which those of the stages are read: a file, a folder, a
+            mapping or a function, as :func:`pp_runtime.open_weights` takes them. :func:`pp_runtime.load_weights` says
+            how they are checked. If not given, the model's own values are used.
+        parallelize: called with each stage's module, once it has its weights, to wrap, shard or compile it; may return
+            another.
 
     The first stage takes the model's inputs, the same ones by name as in the example; the last one returns what the
     model returns. Parameters that first and last stage share (an embedding and a head) are tied. Raises
     PipelineUsageError, which says why, for a model that cannot be cut like this; :func:`pp_runtime.pipeline` traces
     such models.
     """
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if weights is None and lacks_values(model):
         raise PipelineUsageError(
-            "the model is on the meta device, where its parameters have no values: take layer_modules(), give each "
-            "module memory and weights (to_empty, load_state_dict), and make PipelineStages of them"
+            "the model is on the meta device, where its parameters have no values: give weights=, where those of the "
+            "whole model are"
         )
+    source = None if weights is None else open_weights(weights)
     modules = layer_modules(model, sizes, stages, args, kwargs, layers=layers)
+    if source is not None:
+        load_weights([module for module, _ in modules.values()], source, model=model, device=device)
+    together = _held_together(model, [(index, module) for index, (module, _) in modules.items()])
     made = []
     for index, (module, ties) in modules.items():
         module = module.to(device)
@@ -70,7 +83,29 @@ def layer_stages(
         for name in ties:
             stage.tie(name, name_of_tie(model, name))
         made.append(stage)
+    _tie_what_was_parted({stage.stage_index: stage for stage in made}, together)
     return made
+
+
+Places = list[tuple[int, str]]
+"""Of a parameter: the stage, and the name there."""
+
+
+def _held_together(model: nn.Module, modules: Sequence[tuple[int, nn.Module]]) -> dict[str, Places]:
+    """The parameters that several modules of this rank share, by the label of a tie."""
+    places: dict[nn.Parameter, Places] = {}
+    for index, module in modules:
+        for name, parameter in module.named_parameters():
+            places.setdefault(parameter, []).append((index, name))
+    return {name_of_tie(model, found[0][1]): found for found in places.values() if len(found) > 1}
+
+
+def _tie_what_was_parted(stages: Mapping[int, PipelineStage], together: Mapping[str, Places]) -> None:
+    """Sharding a module gives it parameters of its own, so what its stages had as one object is tied from here on."""
+    for label, places in together.items():
+        if len({id(find_parameter(stages[index], name)) for index, name in places}) > 1:
+            for index, name in places:
+                stages[index].tie(name, label)
 
 
 def name_of_tie(model: nn.Module, name: str) -> str:
@@ -149,7 +184,8 @@ class _Recorder(nn.Module):
     def __init__(self, layer: nn.Module, score: Score, is_last: bool) -> None:
         super().__init__()
         # Models ask their layers for what they are, such as the kind of mask that they take.
-        self.__dict__.update({name: value for name, value in vars(layer).items() if name not in self.__dict__})
+        known = {name: value for name, value in vars(layer).items() if name not in self.__dict__}
+        self.__dict__.update({name: value for name, value in known.items() if not getattr(value, "is_meta", False)})
         self._stands_for = type(layer)
         self._score, self._is_last = score, is_last
         self._calls: list[tuple[Tensor, Call]] = []
@@ -238,7 +274,7 @@ class _Later(nn.Module):
 
 
 def _first_stage(model: nn.Module, score: Score, held: range) -> nn.Module:
-    made = _skeleton(model, {})
+    made = skeleton(model)
     container = made.get_submodule(score.layers)
     recorders = []
     for number in range(held.stop, len(score.names)):
@@ -262,26 +298,12 @@ def _later_stage(model: nn.Module, score: Score, held: range, is_last: bool) -> 
     kept = {f"{score.layers}.{score.names[number]}" for number in held}
     if is_last:
         kept.update(score.tail.modules)
-    made = _skeleton(model, {})
+    made = skeleton(model)
     _keep_only(made, "", kept)
     made._forward_pre_hooks.clear()  # for the model's inputs
     made.__class__ = type(f"Later{type(model).__name__}", (_Later, type(model)), {})
     made._score, made._held, made._is_last = score, held, is_last  # type: ignore[assignment]
     return made
-
-
-def _skeleton(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
-    """Modules of their own over the same parameters and buffers."""
-    if id(module) in made:
-        return made[id(module)]
-    copied = made[id(module)] = module.__class__.__new__(module.__class__)
-    copied.__dict__.update(
-        {name: copy.copy(value) if isinstance(value, dict) else value for name, value in vars(module).items()}
-    )
-    copied._modules = {
-        name: None if child is None else _skeleton(child, made) for name, child in module._modules.items()
-    }
-    return copied
 
 
 def _keep_only(module: nn.Module, prefix: str, kept: set[str]) -> None:

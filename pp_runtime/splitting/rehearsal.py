@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from pp_runtime.errors import PipelineUsageError
+from pp_runtime.splitting.skeleton import lacks_values, run_on_stand_ins
 from pp_runtime.splitting.tail import Step, Tail, Value, can_be_repeated, numbers_of
 from pp_runtime.splitting.unchanged import unchanged
 
@@ -84,9 +86,15 @@ def find_layers(model: nn.Module, name: str | None = None) -> tuple[str, nn.Modu
 def rehearse(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], layers: str | None = None) -> Score:
     """Run the model once, without gradients, and learn how to cut it between its layers.
 
-    Raises PipelineUsageError, which says what it saw, for a model whose layers do not follow one another, or that
-    computes something outside of modules after the last.
+    A model with parameters on the meta device is run on stand-ins for all that it has and is given. Raises
+    PipelineUsageError, which says what it saw, for a model whose layers do not follow one another, or that computes
+    something outside of modules after the last.
     """
+    watch = partial(_rehearse, layers=layers)
+    return run_on_stand_ins(watch, model, args, kwargs) if lacks_values(model) else watch(model, args, kwargs)
+
+
+def _rehearse(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], layers: str | None) -> Score:
     container_name, container = find_layers(model, layers)
     _check_hooks(model, container_name)
     names = tuple(container._modules)
