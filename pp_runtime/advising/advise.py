@@ -8,10 +8,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from pp_runtime.advising.advice import Advice, Setting, advise_for
@@ -22,7 +20,7 @@ from pp_runtime.advising.units import Unit, count_units, measure_units
 from pp_runtime.errors import PipelineUsageError
 from pp_runtime.microbatch import split_args_kwargs_into_chunks, split_target
 from pp_runtime.orders import ORDERS, schedule_name
-from pp_runtime.splitting import unchanged
+from pp_runtime.splitting import AnswersForValues, lacks_values, on_meta, unchanged
 
 
 def advise(
@@ -71,13 +69,13 @@ def advise(
             f"{ranks} ranks, {memory} bytes, {optimizer}"
         )
     counted = device is not None
-    if _is_meta(model):
+    if lacks_values(model):
         if device is None:
             raise PipelineUsageError(
                 "nothing can be measured on the meta device: say what the ranks' device does a second, in "
                 "device=DeviceSpeed(flops=..., bytes=...)"
             )
-        model = copy.deepcopy(model).to("meta")  # buffers that are elsewhere
+        model = copy.deepcopy(model).to("meta")  # with its buffers
     names = tuple(map(training_schedule, schedules)) or Setting.schedules
     setting = Setting(ranks, memory, names, link or LinkSpeed(), optimizer)
     cut = _Batch(tuple(example), dict(example_kwargs or {}), target)
@@ -115,18 +113,13 @@ class _Batch:
         args, kwargs = split_args_kwargs_into_chunks(self._args, self._kwargs, count)
         target = None if self._target is None else split_target(self._target, count, None)[0]
         sample = args[0], kwargs[0], target
-        if _is_meta(model):
-            sample = tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), sample)
+        if lacks_values(model):
+            sample = tree_map_only(Tensor, on_meta, sample)
         return Sample(*sample)
 
 
-def _is_meta(model: nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in model.parameters())
-
-
 def _without_values(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    # Models look at values, of masks for example, unless they see that there are none.
-    return FakeTensorMode(allow_non_fake_inputs=True) if _is_meta(model) else contextlib.nullcontext()
+    return AnswersForValues() if lacks_values(model) else contextlib.nullcontext()
 
 
 def counts_to_try(rows: int, ranks: int) -> list[int]:

@@ -11,6 +11,7 @@ from pp_runtime.splitting.loading import load_weights
 from pp_runtime.splitting.partition import Partition, partition
 from pp_runtime.splitting.placement import stages_of_rank
 from pp_runtime.splitting.rehearsal import find_layers, forward_times, moment
+from pp_runtime.splitting.skeleton import AnswersForValues, lacks_values, on_meta
 from pp_runtime.splitting.torch_package import torch_pipelining
 from pp_runtime.splitting.tracing import annotate_split_points, pipeline
 from pp_runtime.splitting.unchanged import unchanged
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pp_runtime.splitting.tracing import Pipe, SplitPoint, pipe_split
 
 __all__ = [
+    "AnswersForValues",
     "Partition",
     "Pipe",
     "SplitPoint",
@@ -28,11 +30,13 @@ __all__ = [
     "annotate_split_points",
     "find_layers",
     "forward_times",
+    "lacks_values",
     "layer_costs",
     "layer_modules",
     "layer_stages",
     "load_weights",
     "moment",
+    "on_meta",
     "open_weights",
     "partition",
     "pipe_split",

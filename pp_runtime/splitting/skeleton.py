@@ -53,8 +53,8 @@ def lacks_values(model: nn.Module) -> bool:
 def run_on_stand_ins(run: Run, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What ``run`` returns of a model, some of whose parameters have no values, and of its inputs."""
     try:
-        with _Answers():
-            return _run_on(_on_meta, run, model, args, kwargs)
+        with AnswersForValues():
+            return _run_on(on_meta, run, model, args, kwargs)
     except PipelineUsageError:
         raise
     except Exception:  # an operation without a form for the meta device
@@ -66,7 +66,7 @@ def _run_on(replace: Replace, run: Run, model: nn.Module, args: Sequence[Any], k
     return run(skeleton(model, replace), moved_args, moved_kwargs)
 
 
-class _Answers(TorchDispatchMode):
+class AnswersForValues(TorchDispatchMode):
     """Answers 0 or False where a forward asks for the value of a tensor that has none: whether a mask masks nothing."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -75,7 +75,7 @@ class _Answers(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def _on_meta(tensor: Tensor) -> Tensor:
+def on_meta(tensor: Tensor) -> Tensor:
     return tensor.detach().to("meta")
 
 
