@@ -97,6 +97,7 @@ def train(flags: argparse.Namespace) -> None:
             pipeline.train(False)
             batches = [corpus.validation_batch(index, *sizes) for index in range(flags.validation_batches)]
             validation = mean_loss(pipeline.eval, batches, device)
+            run.add(done, validation_loss=validation)
             if history is not None:
                 history.add(done, validation_loss=validation)
         if is_last or (flags.save_every and done % flags.save_every == 0):
