@@ -77,7 +77,8 @@ def layer_stages(
     made = []
     for index, (module, ties) in modules.items():
         module = module.to(device)
-        module = (None if parallelize is None else parallelize(module)) or module
+        wrapped = None if parallelize is None else parallelize(module)
+        module = module if wrapped is None else wrapped  # a compiled one has no truth value
         stage = PipelineStage(module, index, len(sizes), torch.device(device), group=group)
         for name in ties:
             stage.tie(name, name_of_tie(model, name))
