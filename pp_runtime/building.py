@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pp_runtime.errors import PipelineUsageError
 from pp_runtime.orders import ORDERS, schedule_name
-from pp_runtime.running import clip_grad_norm_
+from pp_runtime.running import clip_grad_norm_, find_parameter, load_optimizer_state, optimizer_state, ties_of
 from pp_runtime.schedules import PipelineScheduleMulti, get_schedule_class
 from pp_runtime.splitting import (
     Partition,
@@ -26,6 +28,9 @@ from pp_runtime.stage import PipelineStage
 _OF_ALL = ("return_outputs",)
 _OF_LAST = ("target", "target_mbs", "losses", "loss_kwargs")
 """Which keywords of a step are for every rank, and for the last stage's; the others go in with the model's inputs."""
+
+
+_OF_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 class BuiltPipeline:
@@ -88,7 +93,7 @@ class BuiltPipeline:
             for name, parameter in module.named_parameters():
                 if parameter not in seen:
                     seen.add(parameter)
-                    yield name, parameter
+                    yield _unsplit_name(module, name), parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """For an optimizer."""
@@ -100,24 +105,67 @@ class BuiltPipeline:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the unsplit model's state, under its names. All ranks' parts together are all of it."""
-        state: dict[str, Any] = {}
-        for module in self.modules:
-            state.update(module.state_dict())
-        return state
+        return {name: value for state in self._states() for name, (_, value) in state.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load this rank's part out of the unsplit model's state, or of any part that holds it.
 
         Raises PipelineUsageError, before anything is loaded, for a state that lacks a name of this rank's.
         """
-        missing = sorted(name for name in self.state_dict() if name not in state_dict)
+        states = self._states()
+        missing = sorted(name for state in states for name in state if name not in state_dict)
         if missing:
             raise PipelineUsageError(
                 f"the state lacks {len(missing)} names of stages {[stage.stage_index for stage in self.stages]}, "
                 f"{missing[0]} the first: it must hold the layers of this rank"
             )
-        for module in self.modules:
-            module.load_state_dict({name: state_dict[name] for name in module.state_dict()})
+        for module, state in zip(self.modules, states, strict=True):
+            module.load_state_dict({own: state_dict[name] for name, (own, _) in state.items()})
+
+    def _states(self) -> list[dict[str, tuple[str, Any]]]:
+        """Each module's state by the unsplit model's names, with the names that the module has by now."""
+        return [
+            {_unsplit_name(module, own): (own, value) for own, value in module.state_dict().items()}
+            for module in self.modules
+        ]
+
+    def optim_state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The state of an optimizer of this rank's parameters, under the unsplit model's names, flat.
+
+        All ranks' parts together are that of the unsplit model's optimizer: ``state.NAME.exp_avg``,
+        ``param_groups.NAME.lr``, ``has_state.NAME``, and ``optimizer``, its class. A parameter that stages share has
+        one name on all of them. The tensors are the optimizer's own. Raises PipelineUsageError for an optimizer that
+        holds other parameters than this pipeline's, and for states that are not tensors, numbers and dicts of them.
+        """
+        return optimizer_state(optimizer, self._optimized_names())
+
+    def load_optim_state_dict(self, optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
+        """Load this rank's part out of optimizer states, whatever ranks and schedule wrote them.
+
+        The options of groups are loaded, too, such as the learning rate; which parameters are in one group is as the
+        program made it. Raises PipelineUsageError, before anything is changed, for a state that lacks a parameter, that
+        is of another class of optimizer or other options, and for parameters of one group that had other options.
+        """
+        load_optimizer_state(optimizer, self._optimized_names(), state_dict)
+
+    def stateful(self, optimizer: torch.optim.Optimizer) -> OptimizerStateful:
+        """The optimizer as ``torch.distributed.checkpoint`` takes it.
+
+            dcp.save({"model": pipeline, "optimizer": pipeline.stateful(optimizer)}, checkpoint_id=folder)
+
+        ``dcp.load`` of the same puts it into an optimizer on other ranks under another schedule. It writes into what
+        the optimizer has, so a load that fails may leave it changed.
+        """
+        return OptimizerStateful(self, optimizer)
+
+    def _optimized_names(self) -> dict[nn.Parameter, str]:
+        names = {
+            find_parameter(stage, name): label
+            for stage in self.stages
+            for label, own in ties_of(stage).items()
+            for name in own
+        }
+        return {parameter: names.get(parameter, name) for name, parameter in self.named_parameters()}
 
     def report(self) -> str:
         """What was built: the schedule, the layers of each stage, how even they are, and the bubble that remains."""
@@ -137,6 +185,33 @@ class BuiltPipeline:
             return ""
         bubble = self.partition.simulate(self._name, ranks, self.schedule._n_microbatches).bubble
         return f", bubble {bubble:.3f} if F, I and W take as long"
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerStateful:
+    """The state of an optimizer, as ``torch.distributed.checkpoint`` saves and loads it. Made by a BuiltPipeline."""
+
+    pipeline: BuiltPipeline
+    optimizer: torch.optim.Optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """As :meth:`BuiltPipeline.optim_state_dict`."""
+        return self.pipeline.optim_state_dict(self.optimizer)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As :meth:`BuiltPipeline.load_optim_state_dict`."""
+        self.pipeline.load_optim_state_dict(self.optimizer, state_dict)
+
+
+def _unsplit_name(module: nn.Module, name: str) -> str:
+    """Without what wrappers put into it."""
+    kept = []
+    inside: Any = module
+    for part in name.split("."):
+        if part not in _OF_WRAPPERS and not (part == "module" and isinstance(inside, DistributedDataParallel)):
+            kept.append(part)
+        inside = getattr(inside, part, None)
+    return ".".join(kept)
 
 
 def build_pipeline(

@@ -255,3 +255,134 @@ def _sharded_ties(rank: int) -> list[str]:
 
 def test_what_two_stages_of_a_rank_share_stays_tied_when_they_are_sharded() -> None:
     assert ranks.run(_sharded_ties, 1, timeout=60) == [[]]
+
+
+LAYOUTS = [("ZBVZeroBubble", 2), ("1F1B", 2), ("GPipe", 1), ("Interleaved1F1B", 2)]
+STEPS = 2  # of each layout, one after the other
+
+
+def optimizer_of(named: Any, kind: str) -> torch.optim.Optimizer:
+    """Of two groups, as decay is left out for what has one dimension."""
+    many, one = [], []
+    for _, each in named:
+        (many if each.dim() > 1 else one).append(each)
+    groups = [{"params": many, "weight_decay": 0.1}, {"params": one, "weight_decay": 0.0}]
+    if kind == "AdamW":
+        return torch.optim.AdamW(groups, 1e-2)
+    return torch.optim.SGD(groups, 0.1, momentum=0.9, dampening=0.5)
+
+
+def _go_on(rank: int, name: str, kind: str, number: int, folder: str, sharded: bool = False) -> dict[str, Tensor]:
+    """Read what the layout before wrote, make some steps, write; this rank's parameters then."""
+    schedule, count = LAYOUTS[number]
+    options: dict[str, Any] = {}
+    if sharded:
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = dist.init_device_mesh("cpu", (count, 2 // count), mesh_dim_names=("pp", "dp"))
+        options = {"group": mesh, "parallelize": lambda module: fully_shard(module, mesh=mesh["dp"])}
+    built, _ = build(name, schedule, seed=number, **options)
+    optimizer = optimizer_of(built.named_parameters(), kind)
+    if number:
+        for group in optimizer.param_groups:
+            group["lr"] = 7.0  # what was written counts
+    state = {"model": built, "optimizer": built.stateful(optimizer)}
+    if number:
+        dcp.load(state, checkpoint_id=f"{folder}/{number - 1}")
+    for step in range(STEPS):
+        tokens = inputs_of(name, 100 + number * STEPS + step)[:8]
+        built.step(tokens, target=tokens)
+        optimizer.step()
+        optimizer.zero_grad()
+    dcp.save(state, checkpoint_id=f"{folder}/{number}")
+    values = {key: value.detach() for key, value in built.named_parameters()}
+    return {key: value.full_tensor() if sharded else value for key, value in values.items()}  # type: ignore[operator]
+
+
+def uninterrupted(name: str, kind: str) -> nn.Module:
+    """The plain model after the steps of all layouts."""
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    optimizer = optimizer_of(model.named_parameters(), kind)
+    for step in range(len(LAYOUTS) * STEPS):
+        tokens = inputs_of(name, 100 + step)[:8]
+        for part in tokens.chunk(4):
+            loss_of(model(part), part).backward()
+        for parameter in model.parameters():
+            parameter.grad.div_(4)  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "tolerance"),
+    [
+        ("Llama", "AdamW", 0.0),
+        ("Llama", "SGD", 0.0),
+        (TIED, "AdamW", 1e-6),
+    ],  # the tied one's gradients add up otherwise
+)
+def test_training_goes_on_in_other_layouts_as_if_it_had_not_been_stopped(
+    tmp_path: Path, name: str, kind: str, tolerance: float
+) -> None:
+    for number, (_, count) in enumerate(LAYOUTS):
+        found = ranks.run(_go_on, count, timeout=60, name=name, kind=kind, number=number, folder=str(tmp_path))
+    torch.set_num_threads(1)
+    whole = dict(uninterrupted(name, kind).named_parameters(remove_duplicate=False))
+    for key, value in {key: value for part in found for key, value in part.items()}.items():
+        torch.testing.assert_close(value, whole[key].detach(), rtol=0, atol=tolerance, msg=key)
+
+
+def test_sharded_states_are_laid_anew(tmp_path: Path) -> None:
+    """From two stages on two ranks to one stage that two ranks shard, and back."""
+    run = {"name": TIED, "kind": "AdamW", "folder": str(tmp_path), "sharded": True}
+    for number in range(len(LAYOUTS)):
+        found = ranks.run(_go_on, 2, timeout=60, number=number, **run)
+    whole = dict(uninterrupted(TIED, "AdamW").named_parameters(remove_duplicate=False))
+    for key, value in {key: value for part in found for key, value in part.items()}.items():
+        torch.testing.assert_close(value, whole[key].detach(), rtol=0, atol=1e-5, msg=key)
+
+
+def _wrapped(rank: int, kind: str) -> list[str]:
+    """Names of a wrapped pipeline that the unsplit model lacks, and values that are not loaded."""
+    mesh = dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("pp", "dp"))
+
+    def wrap(module: nn.Module) -> nn.Module:
+        if kind == "compiled":
+            return torch.compile(module, backend="eager")  # type: ignore[return-value]
+        return nn.parallel.DistributedDataParallel(module, process_group=mesh["dp"].get_group())
+
+    built, plain = build("Llama", "1F1B", group=mesh, parallelize=wrap)
+    whole = {name: torch.full_like(value, rank) for name, value in plain.state_dict().items()}
+    built.load_state_dict(whole)
+    optimizer = torch.optim.SGD(built.parameters(), 0.1, momentum=0.5)
+    names = [name.removeprefix("has_state.") for name in built.optim_state_dict(optimizer) if "has_state" in name]
+    found = [name for name in [*names, *dict(built.named_parameters())] if name not in whole]
+    return found + [name for name, value in built.state_dict().items() if not torch.equal(value, whole[name])]
+
+
+@pytest.mark.parametrize("kind", ["compiled", "replicated"])
+def test_wrapped_modules_keep_the_unsplit_models_names(kind: str) -> None:
+    assert ranks.run(_wrapped, 2, timeout=60, kind=kind) == [[], []]
+
+
+def _other_optimizers(rank: int) -> list[str]:
+    built, plain = build("Llama", "1F1B")
+    optimizer = torch.optim.SGD(built.parameters(), 0.1)
+    said = []
+    for call in (
+        lambda: built.optim_state_dict(torch.optim.SGD(plain.parameters(), 0.1)),
+        lambda: built.stateful(torch.optim.SGD(plain.parameters(), 0.1)).state_dict(),
+        lambda: built.load_optim_state_dict(optimizer, {}),
+    ):
+        with pytest.raises(PipelineUsageError) as error:
+            call()
+        said.append(str(error.value))
+    return said
+
+
+def test_optimizers_and_states_of_something_else_are_refused() -> None:
+    for said in ranks.run(_other_optimizers, 2, timeout=60):
+        assert "is none of this pipeline's: make the optimizer of pipeline.parameters()" in said[0] == said[1]
+        assert "the state lacks model." in said[2]

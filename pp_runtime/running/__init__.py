@@ -23,6 +23,7 @@ from pp_runtime.running.gradients import (
 )
 from pp_runtime.running.meter import Signature, loads_of
 from pp_runtime.running.metrics import PipelineMetrics, StepMetrics, Work
+from pp_runtime.running.optimizer_state import load_optimizer_state, optimizer_state
 from pp_runtime.running.peer_memory import MakesPeerMemory, register_peer_memory
 from pp_runtime.running.runtime import Runtime
 from pp_runtime.running.stages import (
@@ -105,7 +106,9 @@ __all__ = [
     "is_dtensor",
     "is_replicated",
     "let_broadcast",
+    "load_optimizer_state",
     "loads_of",
+    "optimizer_state",
     "rebuild_args",
     "refusals_of",
     "refuse_for",

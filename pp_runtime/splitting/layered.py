@@ -10,7 +10,8 @@ Modules and parameters keep the model's names, so a checkpoint of the model fits
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from pp_runtime.errors import PipelineUsageError
-from pp_runtime.running import find_parameter
 from pp_runtime.splitting.loading import load_weights
 from pp_runtime.splitting.rehearsal import Score, describe_given, first_of, given_names, rehearse
 from pp_runtime.splitting.skeleton import lacks_values, skeleton
@@ -61,7 +61,7 @@ def layer_stages(
             another.
 
     The first stage takes the model's inputs, the same ones by name as in the example; the last one returns what the
-    model returns. Parameters that first and last stage share (an embedding and a head) are tied. Raises
+    model returns. Parameters that stages share (an embedding and a head) are tied. Raises
     PipelineUsageError, which says why, for a model that cannot be cut like this; :func:`pp_runtime.pipeline` traces
     such models.
     """
@@ -74,38 +74,16 @@ def layer_stages(
     modules = layer_modules(model, sizes, stages, args, kwargs, layers=layers)
     if source is not None:
         load_weights([module for module, _ in modules.values()], source, model=model, device=device)
-    together = _held_together(model, [(index, module) for index, (module, _) in modules.items()])
     made = []
     for index, (module, ties) in modules.items():
         module = module.to(device)
-        module = (None if parallelize is None else parallelize(module)) or module
+        wrapped = None if parallelize is None else parallelize(module)
+        module = module if wrapped is None else wrapped  # a compiled one has no truth value
         stage = PipelineStage(module, index, len(sizes), torch.device(device), group=group)
         for name in ties:
             stage.tie(name, name_of_tie(model, name))
         made.append(stage)
-    _tie_what_was_parted({stage.stage_index: stage for stage in made}, together)
     return made
-
-
-Places = list[tuple[int, str]]
-"""Of a parameter: the stage, and the name there."""
-
-
-def _held_together(model: nn.Module, modules: Sequence[tuple[int, nn.Module]]) -> dict[str, Places]:
-    """The parameters that several modules of this rank share, by the label of a tie."""
-    places: dict[nn.Parameter, Places] = {}
-    for index, module in modules:
-        for name, parameter in module.named_parameters():
-            places.setdefault(parameter, []).append((index, name))
-    return {name_of_tie(model, found[0][1]): found for found in places.values() if len(found) > 1}
-
-
-def _tie_what_was_parted(stages: Mapping[int, PipelineStage], together: Mapping[str, Places]) -> None:
-    """Sharding a module gives it parameters of its own, so what its stages had as one object is tied from here on."""
-    for label, places in together.items():
-        if len({id(find_parameter(stages[index], name)) for index, name in places}) > 1:
-            for index, name in places:
-                stages[index].tie(name, label)
 
 
 def name_of_tie(model: nn.Module, name: str) -> str:
@@ -123,7 +101,10 @@ def layer_modules(
     *,
     layers: str | None = None,
 ) -> dict[int, tuple[nn.Module, list[str]]]:
-    """For each of the stages its module, and the names of its parameters that are tied. See :func:`layer_stages`."""
+    """For each of the stages its module, and the names of its parameters that are tied. See :func:`layer_stages`.
+
+    Modules of one rank that are tied share the parameter itself, until one of them is sharded.
+    """
     score = rehearse(model, args, kwargs or {}, layers)
     sizes = list(sizes)
     if sum(sizes) != len(score.names) or min(sizes, default=0) < 0:
@@ -141,15 +122,24 @@ def layer_modules(
     held = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
     last = len(sizes) - 1
     modules = {0: _first_stage(model, score, held[0])}
-    for index in {last, *stages} - {0}:  # the last one on every rank, to see what the first one shares with it
+    for index in {last, *stages} - {0}:  # the first and the last one on every rank, to see what others share with them
         modules[index] = _later_stage(model, score, held[index], is_last=index == last)
-    shared = set(modules[0].parameters()) & set(modules[last].parameters())
-    if {0, last}.issubset(stages):  # on this rank they share the parameter itself
-        shared.clear()
+    row = list(model.get_submodule(score.layers).children())
+    holders = Counter(
+        parameter
+        for index, numbers in enumerate(held)
+        for parameter in set(_parameters_of([modules[index]] if index in modules else [row[each] for each in numbers]))
+    )
+    shared = {parameter for parameter, count in holders.items() if count > 1}
     return {
         index: (modules[index], [name for name, each in modules[index].named_parameters() if each in shared])
         for index in stages
     }
+
+
+def _parameters_of(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
+    for module in modules:
+        yield from module.parameters()
 
 
 _NOT_AS_SEEN = (

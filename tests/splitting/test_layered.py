@@ -240,8 +240,19 @@ def test_a_model_on_the_meta_device_is_cut_before_it_has_weights() -> None:
     x = torch.randn(3, 4)
     got = run_stages([module for module, _ in made.values()], x)
     torch.testing.assert_close(got["logits"], full(x)["logits"], rtol=0, atol=0)
-    with pytest.raises(PipelineUsageError, match="on the meta device"):
+    with pytest.raises(PipelineUsageError, match="on the meta device.*give weights="):
         layer_stages(model, [2, 2], [0], "cpu", (torch.empty(2, 4, device="meta"),))
+
+
+def test_what_any_two_stages_share_is_tied_on_every_one_of_them() -> None:
+    model = Model()
+    shared = model.blocks["block_1"].linear
+    model.blocks["block_2"].linear.weight = shared.weight
+    for stages in ([1], [2], [1, 2], [0, 3]):
+        made = layer_modules(model, [1, 1, 1, 1], stages, (torch.randn(2, 4),))
+        ties = {index: names for index, (_, names) in made.items()}
+        names = {1: ["blocks.block_1.linear.weight"], 2: ["blocks.block_2.linear.weight"]}
+        assert ties == {index: names.get(index, []) for index in stages}
 
 
 def test_other_inputs_than_those_of_the_example_are_refused() -> None:
