@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 benchmarks/from_whole_model/accelerate_pippy.py --rows 2
 
 Run with accelerate 1.15.0, torch 2.13.0 and transformers 5.23.0: ``pip install torch==2.13.0 accelerate==1.15.0
-transformers==5.23.0 numpy``. With a row a rank; it pads every other number of rows (8 to 10, on two ranks), which the
-traced model then refuses.
+transformers==5.23.0 numpy``. With microbatches of a row each; it pads every other number of rows (8 in two to 10),
+which the traced model then refuses.
 """
 
 import torch

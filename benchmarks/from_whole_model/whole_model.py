@@ -92,4 +92,4 @@ def compare(losses: Sequence[Tensor], trained: Iterable[tuple[str, Tensor]]) -> 
     if losses:
         given = torch.stack([torch.as_tensor(each) for each in losses])
         said += f"; losses {[round(each, 4) for each in given.tolist()]}: off by {(given - expected).abs().max():.1e}"
-    print(said, flush=True)
+    print(f"{said}\n", end="", flush=True)  # in one write, for the ranks share the output
