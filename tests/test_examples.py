@@ -26,7 +26,7 @@ SMALL = "--width 32 --length 32 --batch 12 --layers 4 --data-limit 300000 --vali
 CONFIG = ModelConfig(vocabulary=256, length=32, width=32, layers=4, heads=4)
 
 
-def torchrun(ranks: int, script: str, *flags: object) -> str:
+def torchrun(ranks: int, script: str | Path, *flags: object) -> str:
     """What the ranks of an example print."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     return run_python(*launcher, ROOT / "examples" / script, *flags)
@@ -209,3 +209,20 @@ def test_history_drops_what_came_after_the_resumed_step(tmp_path: Path) -> None:
     second.add(3, loss=30.0)
     assert second.series("loss") == ([1, 2, 3], [1.0, 2.0, 30.0])
     assert losses_in(tmp_path) == [1.0, 2.0, 30.0]
+
+
+@pytest.mark.parametrize("flags", ["", "--tied", "--rows 7 --microbatches 3", "--family Gemma2"])
+def test_a_whole_model_trains_as_the_unsplit_one(flags: str) -> None:
+    pytest.importorskip("transformers")
+    printed = torchrun(2, ROOT / "benchmarks" / "from_whole_model" / "ours.py", *flags.split())
+    parts = re.findall(r"(\d+) of (\d+) parameters: off by (\S+) at most, having moved ([\w.-]+)", printed)
+    assert len(parts) == 2 and sum(int(held) for held, *_ in parts) >= int(parts[0][1])
+    assert all(float(off) < 1e-6 < 1e-3 < float(moved) for *_, off, moved in parts)
+    assert float(re.search(r"losses \[.*\]: off by (\S+)", printed)[1]) < 1e-6
+
+
+def test_the_lines_that_other_libraries_take_are_those_of_the_documentation() -> None:
+    page = (ROOT / "docs" / "partition.md").read_text(encoding="utf-8")
+    counted = run_python(ROOT / "benchmarks" / "from_whole_model" / "lines.py").split()
+    said = re.findall(r"^\|[^|]*\| `(\w+\.py)` \| (\d+) \|", page, re.M)
+    assert dict(said) == dict(zip(counted[::2], counted[1::2], strict=True)) and len(said) > 1
