@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten
 
 from pp_runtime.errors import PipelineUsageError
 from pp_runtime.splitting.loading import load_weights
-from pp_runtime.splitting.rehearsal import Score, describe_given, first_of, given_names, rehearse
+from pp_runtime.splitting.rehearsal import Score, describe_given, first_of, given_of, rehearse
 from pp_runtime.splitting.skeleton import lacks_values, skeleton
 from pp_runtime.splitting.weights import open_weights
 from pp_runtime.stage import PipelineStage
@@ -189,7 +189,7 @@ class _Recorder(nn.Module):
         self._calls.append((hidden, call))
         if self._is_last:
             raise _Left
-        return (hidden,) if self._score.returns_tuple else hidden
+        return hidden if self._score.returns is None else (hidden, *self._score.returns)
 
 
 def _taken_out(score: Score, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
@@ -212,7 +212,7 @@ class _First(nn.Module):
     _score: Score
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        given = given_names(args, kwargs)
+        given = given_of(args, kwargs)
         if given != self._score.given:
             raise PipelineUsageError(
                 f"the stages were made for a model that is given {describe_given(self._score.given)}, and it is given "
@@ -260,7 +260,7 @@ class _Later(nn.Module):
             hidden = first_of(self.get_submodule(f"{score.layers}.{score.names[layer]}")(*args, **kwargs))
         if not self._is_last:
             return {"hidden": hidden, "variants": message["variants"], "which": which[len(self._held) :]}
-        return score.tail.run(hidden, self)
+        return score.tail(self.training).run(hidden, self)
 
 
 def _first_stage(model: nn.Module, score: Score, held: range) -> nn.Module:
@@ -275,7 +275,7 @@ def _first_stage(model: nn.Module, score: Score, held: range) -> nn.Module:
         container._modules[name] = recorders[-1]
     if not recorders:
         made.get_submodule(f"{score.layers}.{score.names[-1]}").register_forward_hook(_leave)
-    for name in score.tail.modules:
+    for name in score.modules_after:
         if name not in score.before:
             parent, _, child = name.rpartition(".")
             made.get_submodule(parent)._modules[child] = _Beyond()
@@ -287,7 +287,7 @@ def _first_stage(model: nn.Module, score: Score, held: range) -> nn.Module:
 def _later_stage(model: nn.Module, score: Score, held: range, is_last: bool) -> nn.Module:
     kept = {f"{score.layers}.{score.names[number]}" for number in held}
     if is_last:
-        kept.update(score.tail.modules)
+        kept.update(score.modules_after)
     made = skeleton(model)
     _keep_only(made, "", kept)
     made._forward_pre_hooks.clear()  # for the model's inputs

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from pp_runtime.errors import PipelineUsageError
 from pp_runtime.splitting.skeleton import lacks_values, run_on_stand_ins
@@ -32,18 +32,32 @@ SENT = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
 class Score:
     """What was learnt of a model."""
 
-    given: tuple[int, frozenset[str]]
-    """What the model was given: how many positional inputs, and which keywords."""
+    given: Given
+    """What the model was given."""
     layers: str
     """The name of the container."""
     names: tuple[str, ...]
     """Of the layers in it."""
     hidden: int | str
     """Where a layer takes the output of the one before: a position or a keyword."""
-    returns_tuple: bool
+    returns: tuple[Any, ...] | None
+    """What a layer returns after the hidden state: constants; None where it returns that alone."""
     before: frozenset[str]
     """Names of the modules that are called before the first layer."""
-    tail: Tail
+    tails: Mapping[bool, Tail | PipelineUsageError]
+    """In training and in evaluation; or why there is none."""
+
+    @property
+    def modules_after(self) -> set[str]:
+        """Names of the modules that are called after the last layer."""
+        return {name for tail in self.tails.values() if isinstance(tail, Tail) for name in tail.modules}
+
+    def tail(self, training: bool) -> Tail:
+        """PipelineUsageError where the model cannot be cut in this mode."""
+        found = self.tails[training]
+        if isinstance(found, Tail):
+            return found
+        raise found
 
     def __deepcopy__(self, _: Any) -> Score:  # by copies of the stages that hold it
         return self
@@ -84,7 +98,7 @@ def find_layers(model: nn.Module, name: str | None = None) -> tuple[str, nn.Modu
 
 
 def rehearse(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], layers: str | None = None) -> Score:
-    """Run the model once, without gradients, and learn how to cut it between its layers.
+    """Run the model once, and once in the other of training and evaluation; learn how to cut it between its layers.
 
     A model with parameters on the meta device is run on stand-ins for all that it has and is given. Raises
     PipelineUsageError, which says what it saw, for a model whose layers do not follow one another, or that computes
@@ -112,11 +126,49 @@ def _rehearse(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], 
                     f"layer {number} of {container_name} is given a {type(leaf).__name__}, which other stages cannot "
                     "be sent: turn off what makes it (for transformers, config.use_cache = False)"
                 )
-    returns_tuple = not isinstance(watched.outputs[-1], Tensor)
-    given = given_names(args, kwargs)
+    tail = _tail(model, watched, result)
     return Score(
-        given, container_name, names, hidden, returns_tuple, frozenset(watched.before), _tail(model, watched, result)
+        given=given_of(args, kwargs),
+        layers=container_name,
+        names=names,
+        hidden=hidden,
+        returns=_beside_hidden(container_name, watched),
+        before=frozenset(watched.before),
+        tails={model.training: tail, not model.training: _tail_in_other_mode(model, args, kwargs, container_name)},
     )
+
+
+def _tail_in_other_mode(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], container: str
+) -> Tail | PipelineUsageError:
+    modes = [(module, module.training) for module in model.modules()]
+    training = not model.training
+    try:
+        for module, _ in modes:
+            module.training = training
+        layers = list(model.get_submodule(container).children())
+        return _tail(model, *_run(model, container, layers, args, kwargs))
+    except Exception as error:  # of no matter, unless the stages are run like this
+        mode = "training" if training else "evaluation"
+        return PipelineUsageError(f"the stages were not made for {mode}, where their model's example failed: {error}")
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
+
+
+def _beside_hidden(container: str, watched: _Watched) -> tuple[Any, ...] | None:
+    found = set()
+    for number, output in enumerate(watched.outputs):
+        others = tuple(output[1:]) if isinstance(output, (tuple, list)) else None
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(others)):
+            raise PipelineUsageError(
+                f"layer {number} of {container} returns tensors beside the hidden state, which other stages are not "
+                "sent: turn off what makes them, or split the model with pipeline()"
+            )
+        found.add(others)
+    if len(found) != 1:
+        raise PipelineUsageError(f"the layers of {container} do not return the same beside the hidden state")
+    return found.pop()
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,13 +220,40 @@ def moment(devices: Iterable[torch.device]) -> float:
     return time.perf_counter()
 
 
-def given_names(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, frozenset[str]]:
-    return len(args), frozenset(name for name, value in kwargs.items() if value is not None)
+Given = tuple[tuple[str, ...], frozenset[tuple[str, str]]]
+"""Of positional inputs, and of keywords that are not None: what each is, or its value where it is no tensor."""
 
 
-def describe_given(given: tuple[int, frozenset[str]]) -> str:
+def given_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Given:
+    """A model may do otherwise for another number or switch, which a stage far from its inputs would not know."""
+    named = frozenset((name, _described(value)) for name, value in kwargs.items() if value is not None)
+    return tuple(map(_described, args)), named
+
+
+def _described(value: Any) -> str:
+    return repr(tree_map(lambda leaf: _A_TENSOR if isinstance(leaf, Tensor) else _Shown(leaf), value))
+
+
+class _Shown:
+    def __init__(self, value: Any) -> None:
+        plain = isinstance(value, SENT)
+        self._text = repr(value) if plain else f"a {type(value).__name__}"
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+class _Tensor:
+    def __repr__(self) -> str:
+        return "a tensor"
+
+
+_A_TENSOR = _Tensor()
+
+
+def describe_given(given: Given) -> str:
     positional, keywords = given
-    return f"{positional} positional inputs and {', '.join(sorted(keywords)) or 'no keywords'}"
+    return ", ".join([*positional, *(f"{name}={value}" for name, value in sorted(keywords))]) or "nothing"
 
 
 def first_of(output: Any) -> Any:
@@ -209,6 +288,8 @@ class _Watching(TorchFunctionMode):
         self._inside = 0  # of a layer, or of another module that is not around them
         self._over = False
         self._seen: dict[int, tuple[Tensor, int]] = {}
+        self._outputs: dict[int, Tensor] = {}  # of layers, and what is computed of them between the layers
+        self._modes = _Modes.now(model)
         self._names = {id(module): name for name, module in model.named_modules()}
         of_layers = {id(part) for layer in layers for part in layer.modules()} - set(map(id, layers))
         around = {id(module) for module in _around(model, container).values()}
@@ -238,12 +319,18 @@ class _Watching(TorchFunctionMode):
     def _enter(self, module: nn.Module, *_: Any) -> None:
         if not self._inside:
             self.check_unchanged(self._names[id(module)])
+            if self._over or self._is_layer(module):
+                self._modes.check(self._names[id(module)])
         self._inside += 1
+
+    def _is_layer(self, module: nn.Module) -> bool:
+        return any(module is layer for layer in self._layers)
 
     def _leave(self, module: nn.Module, given: Any, named: Any, output: Any) -> None:
         self._inside -= 1
         watched = self.watched
-        if any(module is layer for layer in self._layers):
+        if self._is_layer(module):
+            self._check_given(self._names[id(module)], (given, named))
             watched.inputs.append((given, named))
             watched.outputs.append(output)
             self._over = self._over or module is self._layers[-1]
@@ -253,12 +340,26 @@ class _Watching(TorchFunctionMode):
             watched.before.append(self._names[id(module)])
         if not self._inside and watched.inputs:
             self._note((given, named, output))
+            self._follow((given, named), output, made_by_layer=self._is_layer(module))
+
+    def _follow(self, given: Any, output: Any, *, made_by_layer: bool = False) -> None:
+        """Know what comes of a layer's output before the next ones."""
+        if not self._over and (made_by_layer or any(id(leaf) in self._outputs for leaf in _tensors(given))):
+            self._outputs.update({id(tensor): tensor for tensor in _tensors(output)})
+
+    def _check_given(self, name: str, given: Any) -> None:
+        before = first_of(self.watched.outputs[-1]) if self.watched.outputs else None
+        for leaf in _tensors(given):
+            if id(leaf) in self._outputs and not _same(leaf, before):
+                raise PipelineUsageError(
+                    f"the model computes something between its layers, or hands on what earlier ones returned: {name} "
+                    "is given what its stage would not know. Split the model with pipeline()"
+                )
 
     def _note(self, nest: Any) -> None:
         # What modules themselves change they change again on their stage.
         known = [tensor for tensor, _ in self._seen.values()]
-        found = [leaf for leaf in tree_leaves(nest) if isinstance(leaf, Tensor)]
-        self._seen = {id(tensor): (tensor, tensor._version) for tensor in (*known, *found)}
+        self._seen = {id(tensor): (tensor, tensor._version) for tensor in (*known, *_tensors(nest))}
 
     def __torch_function__(
         self,
@@ -267,18 +368,73 @@ class _Watching(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if self._over and not self._inside and isinstance(result, Tensor):
-            self.watched.after.append((Step(func, args, kwargs or {}), result))
+        named = dict(kwargs or {})
+        if self._inside or not self.watched.inputs:
+            return func(*args, **named)
+        if getattr(func, "__name__", "") in _LOOKS_AT_VALUES:
+            raise PipelineUsageError(
+                f"the model looks at a value of the batch between the layers of {self._container} or after them, which "
+                "may decide what it does: split the model with pipeline()"
+            )
+        result = func(*args, **named)
+        self._follow((args, named), result)
+        if self._over and isinstance(result, Tensor) and self._modes.change() is None:
+            self.watched.after.append((Step(func, args, named), result))
         return result
+
+
+_LOOKS_AT_VALUES = frozenset(
+    ("__bool__", "__int__", "__float__", "__index__", "__contains__", "item", "tolist", "numpy", "equal", "allclose")
+)
+
+
+def _tensors(nest: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(nest) if isinstance(leaf, Tensor)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Modes:
+    """What of torch's state a forward may change for a part of the model."""
+
+    records: bool
+    autocast: Mapping[str, torch.dtype | None]
+
+    @staticmethod
+    def now(model: nn.Module) -> _Modes:
+        kinds = {"cpu", *(parameter.device.type for parameter in model.parameters())} - {"meta"}
+        return _Modes(torch.is_grad_enabled(), {kind: _autocast_dtype(kind) for kind in kinds})
+
+    def change(self) -> str | None:
+        """What is no longer so."""
+        if torch.is_grad_enabled() != self.records:
+            return "records no gradients"
+        if any(_autocast_dtype(kind) != dtype for kind, dtype in self.autocast.items()):
+            return "changes autocast"
+        return None
+
+    def check(self, where: str) -> None:
+        """Stages run their parts as their caller says."""
+        change = self.change()
+        if change is not None:
+            raise PipelineUsageError(
+                f"the model {change} around {where}, which its stages would not: do so around the whole step, or "
+                "split the model with pipeline()"
+            )
+
+
+def _autocast_dtype(kind: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def _run(
     model: nn.Module, container: str, layers: Sequence[nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[_Watched, Any]:
-    watching = _Watching(model, container, layers)
+    # With gradients, so that parts without them are seen; what they would be computed from is not kept.
+    with torch.enable_grad():
+        watching = _Watching(model, container, layers)
+    nothing_kept = torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
     try:
-        with unchanged([model]), torch.no_grad(), watching:
+        with unchanged([model]), torch.enable_grad(), nothing_kept, watching:
             result = model(*args, **kwargs)
         watching.check_unchanged("its end")
     finally:
@@ -318,6 +474,11 @@ def _tail(model: nn.Module, watched: _Watched, result: Any) -> Tail:
             values.append(output)
         # What a function gives that cannot be repeated is of no matter, unless it is used.
     leaves, structure = tree_flatten(result)
+    for leaf in leaves:
+        if isinstance(leaf, (int, float)) and not isinstance(leaf, bool):
+            raise PipelineUsageError(
+                f"the model returns the number {leaf!r}, which may be of this batch alone: return a tensor"
+            )
     results = [
         Value(_number_of(leaf, values, "the model returns")) if isinstance(leaf, Tensor) else leaf for leaf in leaves
     ]
@@ -353,5 +514,5 @@ def _same(one: Any, other: Any) -> bool:
         and isinstance(other, Tensor)
         and one.untyped_storage()._cdata == other.untyped_storage()._cdata
         and (one.shape, one.stride(), one.storage_offset()) == (other.shape, other.stride(), other.storage_offset())
-        and one.dtype == other.dtype
+        and (one.dtype, one.requires_grad) == (other.dtype, other.requires_grad)
     )

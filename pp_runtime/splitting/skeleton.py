@@ -76,14 +76,16 @@ class AnswersForValues(TorchDispatchMode):
 
 
 def on_meta(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("meta")
+    return tensor.detach().to("meta").requires_grad_(tensor.requires_grad)
 
 
 def _as_zeros(tensor: Tensor) -> Tensor:
     """On the CPU: its values, or zeros if it has none, whose pages take no memory as long as they are only read."""
     if not tensor.is_meta:
-        return tensor.detach().cpu()
-    if not tensor.numel():
-        return torch.empty(tensor.shape, dtype=tensor.dtype)
-    pages = mmap.mmap(-1, tensor.numel() * tensor.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape)
+        made = tensor.detach().cpu()
+    elif not tensor.numel():
+        made = torch.empty(tensor.shape, dtype=tensor.dtype)
+    else:
+        pages = mmap.mmap(-1, tensor.numel() * tensor.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        made = torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape)
+    return made.requires_grad_(tensor.requires_grad)

@@ -151,7 +151,7 @@ def test_hooks_around_the_layers_are_refused_and_others_run() -> None:
     model.enter.register_forward_hook(lambda module, args, output: output + 1)
     model.blocks["block_2"].register_forward_hook(lambda module, args, output: output * 3)
     model.leave.register_full_backward_hook(lambda module, inputs, outputs: seen.append("leave"))
-    made = layer_modules(model, [1, 2, 1], range(3), (torch.randn(2, 4), 0.5))
+    made = layer_modules(model, [1, 2, 1], range(3), (torch.randn(2, 4), 2.0))
     assert_equal_to_the_model(model, [module for module, _ in made.values()], torch.randn(5, 4), 2.0)
     assert seen == ["leave", "leave"]
     for register, kind in (
@@ -164,6 +164,161 @@ def test_hooks_around_the_layers_are_refused_and_others_run() -> None:
         with pytest.raises(PipelineUsageError, match=kind):
             layer_modules(model, [1, 2, 1], range(3), (torch.randn(2, 4), 0.5))
         handle.remove()
+
+
+class Unlike(nn.Module):
+    """Does what stages would do otherwise, in the way of its name."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.enter, self.leave, self.other = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Any:
+        x = first = self.enter(x)
+        for number, layer in enumerate(self.layers):
+            if self.way == "no gradients in layers" and number < 3:
+                with torch.no_grad():
+                    x = layer(x)
+            elif self.way == "autocast in layers":
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    x = layer(x).float()
+            elif self.way == "autocast around layers":
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    x = layer(x)
+            else:
+                x = layer(x)
+            if self.way == "detached between layers":
+                x = x.detach()
+            if self.way == "looks at values" and x.mean() > 1e9:
+                x = first
+        if self.way == "no gradients after layers":
+            with torch.no_grad():
+                return self.leave(x)
+        if self.way == "looks at the result":
+            y = self.leave(x)
+            return self.other(y) if y.sum().item() > 1e9 else y
+        y = self.leave(x)
+        return {"detached result": y.detach(), "number": {"y": y, "n": x.shape[0]}}.get(self.way, y)
+
+
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        ("no gradients in layers", "records no gradients around layers.0, which its stages would not"),
+        ("no gradients after layers", "records no gradients around leave"),
+        ("autocast in layers", "changes autocast around layers.0"),
+        ("autocast around layers", "changes autocast around layers.0"),
+        ("detached between layers", "computes something between its layers"),
+        ("detached result", "the model returns a value that is computed after the last layer"),
+        ("looks at values", "looks at a value of the batch between the layers"),
+        ("looks at the result", "looks at a value of the batch between the layers of layers or after them"),
+        ("number", "returns the number 2, which may be of this batch alone"),
+    ],
+)
+def test_what_stages_would_do_otherwise_is_refused(way: str, words: str) -> None:
+    with torch.no_grad(), pytest.raises(PipelineUsageError, match=words):
+        layer_modules(Unlike(way), [2, 2], [0], (torch.randn(2, 4),))
+
+
+def test_autocast_and_frozen_parts_around_the_whole_model_are_none_of_that() -> None:
+    model = Unlike("plain")
+    model.enter.requires_grad_(False)
+    model.layers[0].requires_grad_(False)
+    made = layer_modules(model, [2, 2], range(2), (torch.randn(2, 4),))
+    assert_equal_to_the_model(model, [module for module, _ in made.values()], torch.randn(3, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = layer_modules(model, [2, 2], range(2), (torch.randn(2, 4),))
+        one, other = model(torch.ones(1, 4)), run_stages([module for module, _ in made.values()], torch.ones(1, 4))
+    assert one.dtype == torch.bfloat16 and torch.equal(one, other)
+
+
+class Extra(nn.Module):
+    """Layers that give the next ones more than the hidden state."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.layers = nn.ModuleList(ExtraLayer(way) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        extra, first = x.new_zeros(()), None
+        for layer in self.layers:
+            found = layer(x, extra)
+            x = found[0] if isinstance(found, tuple) else found
+            first = x if first is None else first
+            if self.way == "returned":
+                extra = found[1] if len(found) > 1 else extra
+            if self.way == "computed":
+                extra = x.mean()
+            if self.way == "skipped to":
+                extra = first
+        return x
+
+
+class ExtraLayer(nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.linear = way, nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, extra: Tensor) -> Any:
+        x = self.linear(x) + extra
+        return {"returned": (x, extra + 1), "constants": (x, None, False)}.get(self.way, x)
+
+
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        ("returned", "layers.1 is given what its stage would not know"),
+        ("computed", "layers.1 is given what its stage would not know"),
+        ("skipped to", "layers.2 is given what its stage would not know"),
+    ],
+)
+def test_what_layers_hand_on_beside_the_hidden_state_is_refused(way: str, words: str) -> None:
+    with pytest.raises(PipelineUsageError, match=words):
+        layer_modules(Extra(way), [2, 2], [0], (torch.randn(2, 4),))
+
+
+def test_constants_beside_the_hidden_state_are_returned() -> None:
+    model = Extra("constants")
+    made = layer_modules(model, [1, 3], range(2), (torch.randn(2, 4),))
+    assert_equal_to_the_model(model, [module for module, _ in made.values()], torch.randn(3, 4))
+
+
+class ByMode(Unlike):
+    def forward(self, x: Tensor) -> Any:
+        x = self.enter(x)
+        for layer in self.layers:
+            x = layer(x)
+        if self.way == "fails in training" and self.training:
+            return nn.functional.dropout(self.leave(x), 0.5)
+        return self.leave(x) if self.training else self.other(x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_follows_the_layers_may_depend_on_the_mode(training: bool) -> None:
+    model = ByMode("plain").train(training)
+    model.layers[1].training = not training
+    made = layer_modules(model, [2, 2], range(2), (torch.randn(2, 4),))
+    assert model.training is training and model.layers[1].training is not training and model.leave.training is training
+    stages = [module for module, _ in made.values()]
+    for mode in (True, False):
+        for module in (model, *stages):
+            module.train(mode)
+        model.zero_grad()
+        x = torch.randn(3, 4)
+        assert torch.equal(model(x), run_stages(stages, x))
+
+
+def test_a_mode_in_which_the_model_cannot_be_cut_is_refused_when_it_is_used() -> None:
+    made = layer_modules(ByMode("fails in training").eval(), [2, 2], range(2), (torch.randn(2, 4),))
+    stages = [module.eval() for module, _ in made.values()]
+    run_stages(stages, torch.randn(2, 4))
+    for stage in stages:
+        stage.train()
+    with pytest.raises(PipelineUsageError, match="not made for training, where their model's example failed"):
+        run_stages(stages, torch.randn(2, 4))
 
 
 def test_modules_that_work_in_place_are_none_of_that() -> None:
@@ -213,19 +368,19 @@ class Model(nn.Module):
             assert layer.kind == "plain"
             x = layer(self.bias[number % 2], x, scale=scale)
             x = x + 1 if self.between else x
-        return {"logits": self.leave(x), "hidden": x, "scale": 3}
+        return {"logits": self.leave(x), "hidden": x, "kind": "plain"}
 
 
 def test_any_model_with_trained_inputs_of_its_layers() -> None:
     torch.manual_seed(0)
     model = Model()
-    stages = [module for module, _ in layer_modules(model, [1, 2, 1], range(3), (torch.randn(2, 4), 0.5)).values()]
+    stages = [module for module, _ in layer_modules(model, [1, 2, 1], range(3), (torch.randn(2, 4), 2.0)).values()]
     assert_equal_to_the_model(model, stages, torch.randn(5, 4), 2.0)
     assert [name for name, _ in stages[1].named_parameters()] == [
         f"blocks.block_{number}.linear.{kind}" for number in (1, 2) for kind in ("weight", "bias")
     ]
     assert not hasattr(stages[1], "bias") and stages[1].enter is None
-    assert copy.deepcopy(stages[2])(stages[1](stages[0](torch.randn(5, 4), 2.0)))["scale"] == 3
+    assert copy.deepcopy(stages[2])(stages[1](stages[0](torch.randn(5, 4), 2.0)))["kind"] == "plain"
 
 
 def test_a_model_on_the_meta_device_is_cut_before_it_has_weights() -> None:
@@ -258,8 +413,16 @@ def test_what_any_two_stages_share_is_tied_on_every_one_of_them() -> None:
 def test_other_inputs_than_those_of_the_example_are_refused() -> None:
     model = Model()
     first, _ = layer_modules(model, [2, 2], [0], (torch.randn(2, 4),))[0]
-    with pytest.raises(PipelineUsageError, match="1 positional inputs and no keywords, and it is given 1 .* extra"):
+    with pytest.raises(
+        PipelineUsageError, match="is given a tensor, and it is given a tensor, extra=a tensor: what it"
+    ):
         first(torch.randn(2, 4), extra=torch.ones(1))
+    # A switch or a number may decide what happens on stages that are not given it.
+    made = layer_modules(model, [2, 2], range(2), (torch.randn(2, 4),), {"scale": 2.0})
+    first, second = (module for module, _ in made.values())
+    assert second(first(torch.randn(3, 4), scale=2.0, extra=None))["kind"] == "plain"
+    with pytest.raises(PipelineUsageError, match="is given a tensor, scale=2.0, and it is given a tensor, scale=3.0"):
+        first(torch.randn(2, 4), scale=3.0)
 
 
 def test_a_model_that_leaves_layers_out_is_told_so() -> None:
