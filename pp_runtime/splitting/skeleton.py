@@ -76,11 +76,15 @@ class _Answers(TorchDispatchMode):
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("meta")
+    return tensor.detach().to("meta").requires_grad_(tensor.requires_grad)
 
 
 def _as_zeros(tensor: Tensor) -> Tensor:
     """On the CPU: its values, or zeros if it has none, whose pages take no memory as long as they are only read."""
+    return _zeros_or_own(tensor).requires_grad_(tensor.requires_grad)
+
+
+def _zeros_or_own(tensor: Tensor) -> Tensor:
     if not tensor.is_meta:
         return tensor.detach().cpu()
     if not tensor.numel():
