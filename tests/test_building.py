@@ -389,7 +389,7 @@ def test_wrapped_modules_keep_the_unsplit_models_names(kind: str) -> None:
     assert ranks.run(_wrapped, 2, timeout=60, kind=kind) == [[], []]
 
 
-def _other_optimizers(rank: int) -> list[str]:
+def _other_optimizers(rank: int, folder: str) -> list[str]:
     built, plain = build("Llama", "1F1B")
     optimizer = torch.optim.SGD(built.parameters(), 0.1)
     said = []
@@ -401,10 +401,18 @@ def _other_optimizers(rank: int) -> list[str]:
         with pytest.raises(PipelineUsageError) as error:
             call()
         said.append(str(error.value))
+    dcp.save({"optimizer": built.stateful(torch.optim.AdamW(built.parameters()))}, checkpoint_id=folder)
+    for other in (torch.optim.Adam(built.parameters()), torch.optim.SGD(built.parameters(), momentum=0.5)):
+        try:
+            dcp.load({"optimizer": built.stateful(other)}, checkpoint_id=folder)
+        except (PipelineUsageError, dcp.CheckpointException) as error:
+            said.append(str(error))
     return said
 
 
-def test_optimizers_and_states_of_something_else_are_refused() -> None:
-    for said in ranks.run(_other_optimizers, 2, timeout=60):
+def test_optimizers_and_states_of_something_else_are_refused(tmp_path: Path) -> None:
+    for said in ranks.run(_other_optimizers, 2, timeout=60, folder=str(tmp_path)):
         assert "is none of this pipeline's: make the optimizer of pipeline.parameters()" in said[0] == said[1]
         assert "the state lacks model." in said[2]
+        assert "is that of torch.optim.adamw.AdamW, and the optimizer is torch.optim.adam.Adam" in said[3]
+        assert "Missing key in checkpoint state_dict: optimizer." in said[4]  # DCP's own, which both ranks raise
