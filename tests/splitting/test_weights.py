@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -306,6 +307,15 @@ def test_modules_whose_tensors_cannot_be_filled_are_refused() -> None:
         module.other = nn.Parameter(module.weight.detach()[0])
     with pytest.raises(PipelineUsageError, match="other and weight look at the same memory"):
         load_weights(module, {})
+
+
+def test_a_parameter_that_is_in_use_is_named() -> None:
+    with without_weights():
+        module = nn.Linear(2, 2)
+    user = weakref.ref(module.weight)
+    with pytest.raises(PipelineUsageError, match="weight cannot be given memory, as something still uses it"):
+        load_weights(module, nn.Linear(2, 2).state_dict())
+    assert user() is module.weight
 
 
 @pytest.mark.parametrize(
