@@ -18,8 +18,8 @@ from pp_runtime.schedules import PipelineScheduleMulti, get_schedule_class
 from pp_runtime.splitting import (
     Partition,
     find_layers,
-    forward_times,
     layer_stages,
+    model_costs,
     partition,
     stages_of_rank,
 )
@@ -242,8 +242,9 @@ def build_pipeline(
         example, example_kwargs: inputs of the model, of any batch size.
         group: the pipeline's process group, or a device mesh, whose ``axis`` it is if it has more than one.
         num_stages: in all; by default as many a rank as the schedule takes, two where it takes any.
-        partition: "layers", equally many; "time", of forwards on the example, measured on the first rank, with what
-            comes before and after the layers; or the sizes themselves, as :func:`pp_runtime.partition` gives them.
+        partition: "layers", equally many; what layers, and what comes before and after them, cost: "parameters",
+            "flops", "memory" of a forward and backward of the example, or "time", of forwards of it, measured on the
+            first rank; or the sizes themselves, as :func:`pp_runtime.partition` gives them.
         layers, weights, parallelize: as in :func:`pp_runtime.layer_stages`. With ``weights``, the model may be on the
             meta device (:func:`pp_runtime.without_weights`): each rank then reads its own stages' and makes no others.
         compile: compile each stage for split backwards (``PipelineStage.compile``); a mapping has its options.
@@ -313,9 +314,7 @@ def _cut(
         return by if isinstance(by, Partition) else Partition(sizes, [float(size) for size in sizes])
     if by == "layers":
         return partition([1.0] * len(row), count)
-    if by != "time":
-        raise PipelineUsageError(f"partition is 'layers', 'time' or the stages' sizes, not {by!r}")
-    times = forward_times(model, args, kwargs, layers)
-    made: list[Any] = [partition(times.layers, count, extra={0: times.before, -1: times.after})]
+    costs = model_costs(model, by, args, kwargs, layers)
+    made: list[Any] = [partition(costs.layers, count, extra={0: costs.before, -1: costs.after})]
     dist.broadcast_object_list(made, group=group, group_src=0)
     return made[0]

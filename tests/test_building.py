@@ -86,6 +86,28 @@ def test_training_equals_the_unsplit_model(name: str, schedule: str, options: di
     assert results == [[], []], results
 
 
+def _cut_without_values(rank: int) -> list[Any]:
+    weights = MODELS["Llama"]().state_dict()
+    found: list[Any] = []
+    for by in ("parameters", "flops", "memory", "time"):
+        with without_weights():
+            model = MODELS["Llama"]().eval()
+        options: dict[str, Any] = {"microbatches": 4, "example": (inputs_of("Llama", 1),), "weights": weights}
+        try:
+            built = build_pipeline(model, partition=by, **options)
+        except PipelineUsageError as error:
+            found.append(str(error))
+        else:
+            found.append(tuple(built.partition))
+    return found
+
+
+def test_a_model_without_values_is_cut_by_what_it_costs() -> None:
+    for *cuts, refusal in ranks.run(_cut_without_values, 2, timeout=60):
+        assert cuts == [(3, 2)] * 3  # the head weighs on the last stage
+        assert "no time to measure" in refusal
+
+
 def weighted_loss(output: Any, target: Tensor, weight: float = 1.0) -> Tensor:
     return weight * loss_of(output, target)
 
@@ -172,7 +194,7 @@ def test_what_cannot_be_built_is_said_and_what_was_is_reported() -> None:
     first, second = ranks.run(_errors, 2, timeout=60)
     words = [
         f"{LAYERS} layers do not make 6 parts",
-        "partition is 'layers', 'time' or the stages' sizes, not 'weight'",
+        "partition is 'layers', 'time', 'parameters', 'flops', 'memory' or sizes, not 'weight'",
         "2 stages 2 layers, and there are 2 stages and 5 layers",
         "the mesh has the axes data, pipe, and none is 'pp'",
     ]
@@ -367,7 +389,7 @@ def test_wrapped_modules_keep_the_unsplit_models_names(kind: str) -> None:
     assert ranks.run(_wrapped, 2, timeout=60, kind=kind) == [[], []]
 
 
-def _other_optimizers(rank: int) -> list[str]:
+def _other_optimizers(rank: int, folder: str) -> list[str]:
     built, plain = build("Llama", "1F1B")
     optimizer = torch.optim.SGD(built.parameters(), 0.1)
     said = []
@@ -379,10 +401,18 @@ def _other_optimizers(rank: int) -> list[str]:
         with pytest.raises(PipelineUsageError) as error:
             call()
         said.append(str(error.value))
+    dcp.save({"optimizer": built.stateful(torch.optim.AdamW(built.parameters()))}, checkpoint_id=folder)
+    for other in (torch.optim.Adam(built.parameters()), torch.optim.SGD(built.parameters(), momentum=0.5)):
+        try:
+            dcp.load({"optimizer": built.stateful(other)}, checkpoint_id=folder)
+        except (PipelineUsageError, dcp.CheckpointException) as error:
+            said.append(str(error))
     return said
 
 
-def test_optimizers_and_states_of_something_else_are_refused() -> None:
-    for said in ranks.run(_other_optimizers, 2, timeout=60):
+def test_optimizers_and_states_of_something_else_are_refused(tmp_path: Path) -> None:
+    for said in ranks.run(_other_optimizers, 2, timeout=60, folder=str(tmp_path)):
         assert "is none of this pipeline's: make the optimizer of pipeline.parameters()" in said[0] == said[1]
         assert "the state lacks model." in said[2]
+        assert "is that of torch.optim.adamw.AdamW, and the optimizer is torch.optim.adam.Adam" in said[3]
+        assert "Missing key in checkpoint state_dict: optimizer." in said[4]  # DCP's own, which both ranks raise

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pp_runtime.splitting import tracing
-from pp_runtime.splitting.layer_costs import layer_costs
+from pp_runtime.splitting.layer_costs import layer_costs, moment
 from pp_runtime.splitting.layered import layer_modules, layer_stages
 from pp_runtime.splitting.loading import load_weights
+from pp_runtime.splitting.model_costs import model_costs
 from pp_runtime.splitting.partition import Partition, partition
 from pp_runtime.splitting.placement import stages_of_rank
-from pp_runtime.splitting.rehearsal import find_layers, forward_times, moment
+from pp_runtime.splitting.rehearsal import find_layers
 from pp_runtime.splitting.skeleton import AnswersForValues, lacks_values, on_meta
 from pp_runtime.splitting.torch_package import torch_pipelining
 from pp_runtime.splitting.tracing import annotate_split_points, pipeline
@@ -29,12 +30,12 @@ __all__ = [
     "Weights",
     "annotate_split_points",
     "find_layers",
-    "forward_times",
     "lacks_values",
     "layer_costs",
     "layer_modules",
     "layer_stages",
     "load_weights",
+    "model_costs",
     "moment",
     "on_meta",
     "open_weights",

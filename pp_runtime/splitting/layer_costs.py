@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pp_runtime.errors import PipelineUsageError
-from pp_runtime.splitting.rehearsal import first_of, moment
+from pp_runtime.splitting.rehearsal import first_of
 from pp_runtime.splitting.unchanged import unchanged
 
 
@@ -85,6 +86,14 @@ def _memory(layer: nn.Module, inputs: Sequence[Any], _: int) -> tuple[float, Any
     parameters = sum(parameter.numel() * parameter.element_size() for parameter in layer.parameters())
     trained = sum(p.numel() * p.element_size() for p in layer.parameters() if p.requires_grad)
     return float(parameters + trained + sum(kept.values())), output
+
+
+def moment(devices: Iterable[torch.device]) -> float:
+    """Seconds on the host's clock, once the devices have done what was queued."""
+    for device in devices:
+        if device.type not in ("cpu", "meta"):
+            torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def _run(layer: nn.Module, inputs: Sequence[Any]) -> Any:

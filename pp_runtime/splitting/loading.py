@@ -53,7 +53,7 @@ def load_weights(
     del found  # so that each tensor goes when its values are copied
     with torch.no_grad():
         for key in list(values):
-            _fill(wanted[key], values.pop(key), torch.device(device))
+            _fill(next(iter(aliases[key])), wanted[key], values.pop(key), torch.device(device))
 
 
 def _names_of_each(modules: Sequence[nn.Module]) -> dict[int, dict[str, None]]:
@@ -177,13 +177,19 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one is other or torch.equal(one.to(other.dtype), other)
 
 
-def _fill(tensor: Tensor, value: Tensor, device: torch.device) -> None:
+def _fill(name: str, tensor: Tensor, value: Tensor, device: torch.device) -> None:
     if tensor.is_meta:
         made: Tensor = torch.empty_like(tensor, device=device)
         if isinstance(tensor, nn.Parameter):
             made = nn.Parameter(made, requires_grad=tensor.requires_grad)
         vars(made).update(vars(tensor))
-        swap_tensors(tensor, made)
+        try:
+            swap_tensors(tensor, made)  # so that whatever holds the parameter has it filled
+        except RuntimeError as error:
+            raise PipelineUsageError(
+                f"{name} cannot be given memory, as something still uses it ({error}): load the weights before the "
+                "model is run or traced"
+            ) from error
     tensor.copy_(value)
 
 

@@ -7,9 +7,7 @@ the stages will do: each layer's output is the next one's input, and all that fo
 from __future__ import annotations
 
 import contextlib
-import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -169,55 +167,6 @@ def _beside_hidden(container: str, watched: _Watched) -> tuple[Any, ...] | None:
     if len(found) != 1:
         raise PipelineUsageError(f"the layers of {container} do not return the same beside the hidden state")
     return found.pop()
-
-
-@dataclass(frozen=True, slots=True)
-class Times:
-    """What a forward takes, in seconds."""
-
-    before: float
-    layers: tuple[float, ...]
-    after: float
-
-
-def forward_times(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], layers: str | None = None, *, repeats: int = 5
-) -> Times:
-    """The medians of some forwards on the example, without gradients: each layer, and what comes before and after."""
-    container = list(find_layers(model, layers)[1].children())
-    moments: list[float] = []
-    devices = {parameter.device for parameter in model.parameters()}
-
-    def mark(*_: Any) -> None:
-        moments.append(moment(devices))
-
-    handles = [
-        hook
-        for layer in container
-        for hook in (layer.register_forward_pre_hook(mark), layer.register_forward_hook(mark))
-    ]
-    runs: list[list[float]] = []
-    try:
-        with unchanged([model]), torch.no_grad():
-            for _ in range(repeats + 1):  # the first warms up
-                moments.clear()
-                mark()
-                model(*args, **kwargs)
-                mark()
-                runs.append([end - begin for begin, end in zip(moments, moments[1:], strict=False)])
-    finally:
-        for handle in handles:
-            handle.remove()
-    medians = [statistics.median(spans) for spans in zip(*runs[1:], strict=True)]
-    return Times(medians[0], tuple(medians[1:-1:2]), medians[-1])
-
-
-def moment(devices: Iterable[torch.device]) -> float:
-    """Seconds on the host's clock, once the devices have done what was queued."""
-    for device in devices:
-        if device.type not in ("cpu", "meta"):
-            torch.accelerator.synchronize(device)
-    return time.perf_counter()
 
 
 Given = tuple[tuple[str, ...], frozenset[tuple[str, str]]]

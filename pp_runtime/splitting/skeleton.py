@@ -81,11 +81,13 @@ def on_meta(tensor: Tensor) -> Tensor:
 
 def _as_zeros(tensor: Tensor) -> Tensor:
     """On the CPU: its values, or zeros if it has none, whose pages take no memory as long as they are only read."""
+    return _zeros_or_own(tensor).requires_grad_(tensor.requires_grad)
+
+
+def _zeros_or_own(tensor: Tensor) -> Tensor:
     if not tensor.is_meta:
-        made = tensor.detach().cpu()
-    elif not tensor.numel():
-        made = torch.empty(tensor.shape, dtype=tensor.dtype)
-    else:
-        pages = mmap.mmap(-1, tensor.numel() * tensor.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        made = torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape)
-    return made.requires_grad_(tensor.requires_grad)
+        return tensor.detach().cpu()
+    if not tensor.numel():
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    pages = mmap.mmap(-1, tensor.numel() * tensor.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape)

@@ -183,29 +183,27 @@ class _InShards(Weights):
         except (ValueError, KeyError, TypeError) as error:
             raise PipelineUsageError(f'{index} is no index: it has no "weight_map" from names to files') from error
         self._folder = index.parent
-        self._opened: dict[str, Weights] = {}
 
     def names(self) -> Collection[str]:
         return self._shard_of.keys()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        by_shard: dict[str, list[str]] = {}
         for name in names:
             if name in self._shard_of:
-                found |= self._shard(name).read([name])
-        return found
+                by_shard.setdefault(self._shard_of[name], []).append(name)
+        # No shard is kept open: its pages go with the last of its tensors.
+        return {name: tensor for shard, held in by_shard.items() for name, tensor in self._read(shard, held).items()}
 
-    def _shard(self, name: str) -> Weights:
-        file = self._shard_of[name]
-        if file not in self._opened:
-            path = self._folder / file
-            if not path.is_file():
-                raise PipelineUsageError(f"{path} is missing, which {self.description} says has {name}")
-            self._opened[file] = _open_path(path)
-        shard = self._opened[file]
-        if name not in (shard.names() or ()):
-            raise PipelineUsageError(f"{shard.description} lacks {name}, which {self.description} says it has")
-        return shard
+    def _read(self, file: str, names: list[str]) -> dict[str, Tensor]:
+        path = self._folder / file
+        if not path.is_file():
+            raise PipelineUsageError(f"{path} is missing, which {self.description} says has {names[0]}")
+        found = _open_path(path).read(names)
+        lacking = [name for name in names if name not in found]
+        if lacking:
+            raise PipelineUsageError(f"{path} lacks {lacking[0]}, which {self.description} says it has")
+        return found
 
 
 class _InDistributedCheckpoint(Weights):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,15 +53,16 @@ def test_stages_of_a_model_without_values_are_the_model_once_they_are_filled(nam
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 
-def test_a_mask_that_a_model_looks_into_is_no_hindrance() -> None:
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "ViT"])
+def test_a_mask_that_a_model_looks_into_is_no_hindrance(name: str) -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
-    whole, model = full("Llama"), without_values("Llama")
-    made = layer_modules(model, [3, 2], [0, 1], (inputs_of("Llama", 1),), {"attention_mask": mask[:1]})
+    whole, model = full(name), without_values(name)
+    made = layer_modules(model, [3, 2], [0, 1], (inputs_of(name, 1),), {"attention_mask": mask[:1]})
     first, last = (module for module, _ in made.values())
     load_weights([first, last], whole.state_dict(), model=model)
-    tokens = inputs_of("Llama", 2)
-    got = last(first(tokens, attention_mask=mask))
-    assert torch.equal(got.logits, whole(tokens, attention_mask=mask).logits)
+    tokens = inputs_of(name, 2)
+    got, expected = last(first(tokens, attention_mask=mask)), whole(tokens, attention_mask=mask)
+    assert torch.equal(got[0], expected[0])
 
 
 class Layer(nn.Module):
@@ -305,6 +307,15 @@ def test_modules_whose_tensors_cannot_be_filled_are_refused() -> None:
         module.other = nn.Parameter(module.weight.detach()[0])
     with pytest.raises(PipelineUsageError, match="other and weight look at the same memory"):
         load_weights(module, {})
+
+
+def test_a_parameter_that_is_in_use_is_named() -> None:
+    with without_weights():
+        module = nn.Linear(2, 2)
+    user = weakref.ref(module.weight)
+    with pytest.raises(PipelineUsageError, match="weight cannot be given memory, as something still uses it"):
+        load_weights(module, nn.Linear(2, 2).state_dict())
+    assert user() is module.weight
 
 
 @pytest.mark.parametrize(
