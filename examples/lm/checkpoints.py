@@ -10,8 +10,6 @@ import torch.distributed.checkpoint as dcp
 
 from pp_runtime import BuiltPipeline
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint of the highest step; one that was not finished has no metadata and does not count."""
@@ -33,15 +31,4 @@ def load(path: Path, pipeline: BuiltPipeline, optimizer: torch.optim.Optimizer) 
 
 
 def _state(step: int, pipeline: BuiltPipeline, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The tensors themselves, by name; moments that do not exist yet are made, so that loading can fill them."""
-    named = dict(pipeline.named_parameters())
-    for parameter in named.values():
-        moments = optimizer.state[parameter]
-        if not moments:
-            moments["step"] = torch.zeros(())
-            moments.update({name: torch.zeros_like(parameter) for name in _MOMENTS})
-    return {
-        "step": step,
-        "model": pipeline,
-        "optimizer": {name: optimizer.state[parameter] for name, parameter in named.items()},
-    }
+    return {"step": step, "model": pipeline, "optimizer": pipeline.stateful(optimizer)}

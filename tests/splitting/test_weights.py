@@ -65,6 +65,25 @@ def test_a_mask_that_a_model_looks_into_is_no_hindrance(name: str) -> None:
     assert torch.equal(got[0], expected[0])
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("Mixtral", "ViT")])
+def test_what_transformers_saves_is_read(tmp_path: Path, name: str) -> None:
+    """In shards; a head that is an embedding is saved once."""
+    whole = full(name)
+    whole.save_pretrained(tmp_path, max_shard_size="60KB")  # type: ignore[operator]
+    model, stages = stages_without_values(name, [3, 2])
+    load_weights(stages, tmp_path, model=model)
+    tokens = inputs_of(name, 2)
+    assert torch.equal(stages[1](stages[0](tokens))[0], whole(tokens)[0])
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "ViT"])
+def test_what_transformers_saves_under_other_names_is_refused(tmp_path: Path, name: str) -> None:
+    full(name).save_pretrained(tmp_path)  # type: ignore[operator]
+    model, stages = stages_without_values(name, [3, 2])
+    with pytest.raises(PipelineUsageError, match=r"lacks \d+ names of the module, .*; it has"):
+        load_weights(stages, tmp_path, model=model)
+
+
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
