@@ -60,13 +60,14 @@ class StageCost:
         ]
         if not splits:
             halves = kept
-        backward = sum(unit.backward for unit in units)
+        call = units[0].backward_call
+        backward = sum(unit.backward for unit in units) + call
         backward_most = _most_freeing(units, kept)
         return StageCost(
-            forward=sum(unit.forward for unit in units),
+            forward=sum(unit.forward for unit in units) + units[0].forward_call,
             backward=backward,
-            backward_input=sum(unit.backward_input for unit in units) if splits else 0.0,
-            backward_weight=sum(unit.backward_weight for unit in units) if splits else backward,
+            backward_input=sum(unit.backward_input for unit in units) + call if splits else 0.0,
+            backward_weight=sum(unit.backward_weight for unit in units) + call if splits else backward,
             kept=sum(kept),
             kept_for_weight=sum(halves),
             keeps_input=units[0].keeps_input,

@@ -48,6 +48,12 @@ class UnitRow:
         last = index == len(self) - 1
         return self._loss_fn(output, sample.target) if last and self._loss_fn is not None else output
 
+    def run_all(self, sample: Sample) -> Any:
+        """The forward of all units as one."""
+        for index in range(len(self)):
+            sample = Sample((self.run(index, sample),), {}, sample.target)
+        return sample.args[0]
+
     def chain(self, sample: Sample, run: Callable[[int, Sample], Any]) -> None:
         """Call ``run`` with each unit's number and what it is given: what ``run`` returned for the unit before."""
         for index in range(len(self)):
@@ -61,10 +67,10 @@ class UnitRow:
 
 
 class Pass:
-    """A forward of one unit on an input as a stage receives it, and its backward."""
+    """A forward of a unit, or of some, on an input as a stage receives it, and its backward."""
 
-    def __init__(self, row: UnitRow, index: int, given: Sample, copied: bool = False) -> None:
-        self._row, self._index = row, index
+    def __init__(self, run: Callable[[Sample], Any], given: Sample, copied: bool = False) -> None:
+        self._run = run
         anchor = torch.zeros((), requires_grad=True)
         leaves, structure = tree_flatten((given.args, dict(given.kwargs)))
         leaves = [
@@ -82,7 +88,7 @@ class Pass:
         self._groups: list[dict[str, Any]] = []
 
     def forward(self) -> None:
-        self._output = self._row.run(self._index, self._given)
+        self._output = self._run(self._given)
         self.outputs = [leaf for leaf in tree_leaves(self._output) if isinstance(leaf, Tensor)]
 
     def make_gradients(self) -> None:

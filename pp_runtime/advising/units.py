@@ -7,8 +7,9 @@ layers one more, with all that it does after them and the loss.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ class Unit:
     backward: float = 0.0
     backward_input: float = 0.0
     backward_weight: float = 0.0
+    forward_call: float = 0.0
+    backward_call: float = 0.0
+    """What each of these takes beside for every call of one unit, or of some that follow each other."""
     kept: int = 0
     """From its forward to its backward."""
     kept_for_weight: int = 0
@@ -80,23 +84,37 @@ def measure_units(
     row: UnitRow, sample: Sample, *, repeats: int = 5, group: dist.ProcessGroup | None = None
 ) -> list[Unit]:
     """The same with measured times, the medians of some runs; with a group on all its ranks at once, and their mean."""
-    spans: list[dict[str, list[float]]] = [{name: [] for name in _TIMES} for _ in range(len(row))]
+    spans: list[dict[str, list[float]]] = [{name: [] for name in _TIMES} for _ in range(len(row) + 1)]
     for repeat in range(repeats + 1):  # the first warms up
         if group is not None:
             dist.barrier(group=group)
-        for split in (False, True):
-            for index, name, seconds in _timed(row, sample, split):
-                if repeat:
-                    spans[index][name].append(seconds)
-    times = [[statistics.median(found[name]) for name in _TIMES] for found in spans]
+        for index, name, seconds in (
+            *_timed(row, sample, False),
+            *_timed(row, sample, True),
+            *_timed_whole(row, sample),
+        ):
+            if repeat:
+                spans[index][name].append(seconds)
+    times = [[statistics.median(found[name] or [0.0]) for name in _TIMES] for found in spans]
     if group is not None:
         everyones: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyones, times, group=group)
         times = torch.tensor(everyones, dtype=torch.float64).mean(0).tolist()
+    *apart, whole = times
+    calls = [_call(place, apart, whole) for place in (0, 1, 1, 1)]
     return [
-        replace(unit, forward=found[0], backward=found[1], backward_input=found[2], backward_weight=found[3])
-        for unit, found in zip(count_units(row, sample), times, strict=True)
+        replace(unit, **_net(found, calls), forward_call=calls[0], backward_call=calls[1])
+        for unit, found in zip(count_units(row, sample), apart, strict=True)
     ]
+
+
+def _call(place: int, apart: Sequence[Sequence[float]], whole: Sequence[float]) -> float:
+    """What each of some calls takes by itself, where one for all of them takes less."""
+    return max(0.0, sum(times[place] for times in apart) - whole[place]) / max(1, len(apart) - 1)
+
+
+def _net(times: Sequence[float], calls: Sequence[float]) -> dict[str, Any]:
+    return {name: max(0.0, time - call) for name, time, call in zip(_TIMES, times, calls, strict=True)}
 
 
 _TIMES = ("forward", "backward", "backward_input", "backward_weight")
@@ -113,7 +131,7 @@ def _timed(row: UnitRow, sample: Sample, split: bool) -> Iterator[tuple[int, str
         found.append((index, name, moment(row.devices) - begin))
 
     def forward(index: int, given: Sample) -> Any:
-        passes.append(Pass(row, index, given))
+        passes.append(Pass(partial(row.run, index), given))
         clock(index, "forward", passes[-1].forward)
         passes[-1].make_gradients()
         return passes[-1].passed_on()
@@ -131,6 +149,17 @@ def _timed(row: UnitRow, sample: Sample, split: bool) -> Iterator[tuple[int, str
     yield from found
 
 
+def _timed_whole(row: UnitRow, sample: Sample) -> Iterator[tuple[int, str, float]]:
+    """A forward and a backward of all units as one."""
+    one = Pass(row.run_all, sample)
+    for name, work in (("forward", one.forward), ("backward", one.backward)):
+        begin = moment(row.devices)
+        work()
+        yield len(row), name, moment(row.devices) - begin
+        if name == "forward":
+            one.make_gradients()
+
+
 def _counted(row: UnitRow, index: int, given: Sample, device: DeviceSpeed | None) -> tuple[Unit, Any]:
     """A unit, and what it gives to the next one."""
     keeps_input, keeps_output = _what_is_saved(row, index, given)
@@ -142,7 +171,7 @@ def _counted(row: UnitRow, index: int, given: Sample, device: DeviceSpeed | None
             work()
         return tally.most - before, tally.seconds - clock
 
-    whole = Pass(row, index, given)
+    whole = Pass(partial(row.run, index), given)
     forward_most, forward = most_of(whole.forward)
     kept = tally.live - tally.size_of(tally.memory_of(output for output in whole.outputs if output.requires_grad))
     whole.make_gradients()
@@ -150,7 +179,7 @@ def _counted(row: UnitRow, index: int, given: Sample, device: DeviceSpeed | None
     del whole
     left = tally.live  # by the module itself
     with tallied(tally):
-        halves = Pass(row, index, given, copied=True)
+        halves = Pass(partial(row.run, index), given, copied=True)
         halves.forward()
         halves.make_gradients()
     output, sizes = halves.passed_on(), [(_bytes(each), each.requires_grad) for each in halves.outputs]
@@ -195,7 +224,7 @@ def _what_is_saved(row: UnitRow, index: int, given: Sample) -> tuple[bool, bool]
         saved.add(tensor.untyped_storage()._cdata)
         return tensor.detach()  # the tensor itself would hold the node that holds it
 
-    one = Pass(row, index, given)
+    one = Pass(partial(row.run, index), given)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         one.forward()
     found = [
