@@ -51,7 +51,7 @@ class _Series:
 class RunRecord:
     """Notes what steps take, and what a program says of them, on every rank; saves it for a report.
 
-    Notes are kept in memory and cost what :meth:`metrics` of the schedule costs. Past twice ``most_steps`` every second
+    Notes are kept in memory and cost what ``metrics()`` of the schedule costs. Past twice ``most_steps`` every second
     one is dropped.
     """
 
