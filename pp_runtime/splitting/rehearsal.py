@@ -379,15 +379,16 @@ def _run(
     model: nn.Module, container: str, layers: Sequence[nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[_Watched, Any]:
     # With gradients, so that parts without them are seen; what they would be computed from is not kept.
-    with torch.enable_grad():
-        watching = _Watching(model, container, layers)
     nothing_kept = torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
-    try:
-        with unchanged([model]), torch.enable_grad(), nothing_kept, watching:
+    with (
+        unchanged([model]),
+        torch.enable_grad(),
+        nothing_kept,
+        contextlib.closing(_Watching(model, container, layers)) as watching,
+    ):
+        with watching:
             result = model(*args, **kwargs)
         watching.check_unchanged("its end")
-    finally:
-        watching.close()
     return watching.watched, result
 
 

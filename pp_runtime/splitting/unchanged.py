@@ -37,7 +37,8 @@ def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
         with torch.no_grad():
             for owner, name, buffer, value in buffers:
                 owner._buffers[name] = buffer
-                buffer.copy_(value)
+                if not buffer.is_meta and not torch.equal(buffer, value):  # or graphs that saved it took it for changed
+                    buffer.copy_(value)
 
 
 @contextlib.contextmanager

@@ -166,6 +166,26 @@ def test_hooks_around_the_layers_are_refused_and_others_run() -> None:
         handle.remove()
 
 
+def test_buffers_of_the_model_are_given_to_layers_and_are_not_touched() -> None:
+    class Masked(Tailed):
+        def __init__(self) -> None:
+            super().__init__(lambda model, x: model.leave(x))
+            self.layers = nn.ModuleList(Layer() for _ in range(3))
+            self.register_buffer("mask", torch.ones(4))
+
+        def forward(self, x: Tensor) -> Any:
+            for layer in self.layers:
+                x = layer(self.mask, x)
+            return self.leave(x)
+
+    model = Masked()
+    before = (model.mask * model.leave.weight).sum()  # its graph saved the mask
+    made = layer_modules(model, [1, 2], range(2), (torch.randn(2, 4),))
+    before.backward()
+    model.zero_grad()
+    assert_equal_to_the_model(model, [module for module, _ in made.values()], torch.randn(3, 4))
+
+
 class Unlike(nn.Module):
     """Does what stages would do otherwise, in the way of its name."""
 
