@@ -9,28 +9,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pp_runtime.errors import PipelineUsageError
 from pp_runtime.orders import ORDERS, schedule_name
-from pp_runtime.running import clip_grad_norm_, find_parameter, load_optimizer_state, optimizer_state, ties_of
-from pp_runtime.schedules import PipelineScheduleMulti, get_schedule_class
-from pp_runtime.splitting import (
-    Partition,
-    find_layers,
-    layer_stages,
-    model_costs,
-    partition,
-    stages_of_rank,
+from pp_runtime.running import (
+    clip_grad_norm_,
+    find_parameter,
+    load_optimizer_state,
+    optimizer_state,
+    ties_of,
+    unwrapped_name,
 )
+from pp_runtime.schedules import PipelineScheduleMulti, get_schedule_class
+from pp_runtime.splitting import Partition, find_layers, layer_stages, model_costs, partition, stages_of_rank
 from pp_runtime.stage import PipelineStage
 
 _OF_ALL = ("return_outputs",)
 _OF_LAST = ("target", "target_mbs", "losses", "loss_kwargs")
 """Which keywords of a step are for every rank, and for the last stage's; the others go in with the model's inputs."""
-
-
-_OF_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 class BuiltPipeline:
@@ -93,7 +89,7 @@ class BuiltPipeline:
             for name, parameter in module.named_parameters():
                 if parameter not in seen:
                     seen.add(parameter)
-                    yield _unsplit_name(module, name), parameter
+                    yield unwrapped_name(module, name), parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """For an optimizer."""
@@ -125,7 +121,7 @@ class BuiltPipeline:
     def _states(self) -> list[dict[str, tuple[str, Any]]]:
         """Each module's state by the unsplit model's names, with the names that the module has by now."""
         return [
-            {_unsplit_name(module, own): (own, value) for own, value in module.state_dict().items()}
+            {unwrapped_name(module, own): (own, value) for own, value in module.state_dict().items()}
             for module in self.modules
         ]
 
@@ -201,17 +197,6 @@ class OptimizerStateful:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """As :meth:`BuiltPipeline.load_optim_state_dict`."""
         self.pipeline.load_optim_state_dict(self.optimizer, state_dict)
-
-
-def _unsplit_name(module: nn.Module, name: str) -> str:
-    """Without what wrappers put into it."""
-    kept = []
-    inside: Any = module
-    for part in name.split("."):
-        if part not in _OF_WRAPPERS and not (part == "module" and isinstance(inside, DistributedDataParallel)):
-            kept.append(part)
-        inside = getattr(inside, part, None)
-    return ".".join(kept)
 
 
 def build_pipeline(

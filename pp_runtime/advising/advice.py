@@ -166,10 +166,9 @@ def advise_for(units: Mapping[int, Sequence[Unit]], setting: Setting, *, in_seco
     if not choices:
         raise PipelineUsageError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
     left_out = {name: reason for name, reason in refused.items() if name not in found}
-    advice = Advice(
-        tuple(sorted(choices, key=lambda each: (each.step_s, each.peak))), left_out, setting.memory, in_seconds
-    )
-    return replace(advice, choices=tuple(sorted(advice.choices, key=advice.fits, reverse=True)))
+    advice = Advice(tuple(choices), left_out, setting.memory, in_seconds)
+    choices.sort(key=lambda each: (not advice.fits(each), each.step_s, each.peak))
+    return replace(advice, choices=tuple(choices))
 
 
 def _stages_a_rank(name: str) -> Sequence[int]:

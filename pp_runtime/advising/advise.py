@@ -81,9 +81,9 @@ def advise(
     cut = _Batch(tuple(example), dict(example_kwargs or {}), target)
     units: dict[int, list[Unit]] = {}
     with unchanged([model]), _without_values(model):
-        for count in tuple(microbatches) or cut.counts(ranks):
-            sample = cut.first_of(count, model)
-            row = UnitRow(model, sample, layers, loss_fn)
+        samples = {count: cut.first_of(count, model) for count in tuple(microbatches) or cut.counts(ranks)}
+        row = UnitRow(model, next(iter(samples.values())), layers, loss_fn)
+        for count, sample in samples.items():
             units[count] = (
                 count_units(row, sample, device)
                 if counted

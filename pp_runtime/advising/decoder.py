@@ -43,17 +43,16 @@ class DecoderShape:
         self, batch: int, sequence: int, microbatches: Iterable[int], device: DeviceSpeed
     ) -> dict[int, list[Unit]]:
         """The units for each number of microbatches that a batch of so many sequences is cut into."""
-        found = {}
+        samples = {}
         for count in microbatches:
             if count > batch:
                 raise PipelineUsageError(f"{batch} sequences do not make {count} microbatches")
             tokens = torch.empty(-(-batch // count), sequence, dtype=torch.long, device="meta")
-            sample = Sample((tokens,), {}, tokens)
-            with torch.device("meta"):
-                model = _Decoder(self, min(self.layers, 2)).to(self.dtype)
-            row = count_units(UnitRow(model, sample, "layers", _loss), sample, device)
-            found[count] = _with_layers(row, self.layers)
-        return found
+            samples[count] = Sample((tokens,), {}, tokens)
+        with torch.device("meta"):
+            model = _Decoder(self, min(self.layers, 2)).to(self.dtype)
+        row = UnitRow(model, next(iter(samples.values())), "layers", _loss)
+        return {count: _with_layers(count_units(row, sample, device), self.layers) for count, sample in samples.items()}
 
 
 def _with_layers(row: list[Unit], layers: int) -> list[Unit]:
@@ -93,10 +92,10 @@ class _Layer(nn.Module):
     def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
         size = shape.hidden // shape.heads
-        self._recompute, self._sizes = shape.recompute, [shape.heads * size, *(2 * [shape.kv_heads * size])]
-        self._head = size
+        self._recompute, self._head = shape.recompute, size
+        wides = (shape.hidden, shape.kv_heads * size, shape.kv_heads * size)
         self.attention_norm, self.norm = nn.RMSNorm(shape.hidden), nn.RMSNorm(shape.hidden)
-        self.query, self.key, self.value = (nn.Linear(shape.hidden, wide, bias=False) for wide in self._sizes)
+        self.query, self.key, self.value = (nn.Linear(shape.hidden, wide, bias=False) for wide in wides)
         self.out = nn.Linear(shape.hidden, shape.hidden, bias=False)
         self.gate, self.up = (nn.Linear(shape.hidden, shape.feed_forward, bias=False) for _ in range(2))
         self.down = nn.Linear(shape.feed_forward, shape.hidden, bias=False)

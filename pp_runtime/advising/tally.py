@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from pp_runtime.errors import PipelineUsageError
+from pp_runtime.splitting import tensors_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Tally(TorchDispatchMode):
     ) -> Any:
         named = dict(kwargs or {})
         result = func(*args, **named)
-        given, made = _tensors((args, named)), _tensors(result)
+        given, made = tensors_of((args, named)), tensors_of(result)
         before = {id(tensor.untyped_storage()) for tensor in given}
         for tensor in made:
             storage = tensor.untyped_storage()
@@ -152,9 +152,5 @@ class _Attention(torch.autograd.Function):
         return *found, None
 
 
-def _tensors(nest: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(nest) if isinstance(leaf, Tensor)]
-
-
 def _size(tensor: Tensor) -> int:
-    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())

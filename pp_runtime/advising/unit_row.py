@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from pp_runtime.running import stage_backward, stage_backward_input, stage_backward_weight
-from pp_runtime.splitting import find_layers, layer_modules
+from pp_runtime.splitting import find_layers, layer_modules, tensors_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class UnitRow:
         """The bytes of a unit's parameters and buffers, and those of them that are trained."""
         module = self._modules[index]
         held: list[Tensor] = [*module.parameters(), *module.buffers()]
-        return {id(each): (size := each.numel() * each.element_size(), size * each.requires_grad) for each in held}
+        return {id(each): (each.nbytes, each.nbytes * each.requires_grad) for each in held}
 
 
 class Pass:
@@ -81,7 +81,7 @@ class Pass:
         ]
         args, kwargs = tree_unflatten(leaves, structure)
         self._given = Sample(args, kwargs, given.target)
-        self.trained_inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+        self.trained_inputs = [tensor for tensor in tensors_of(leaves) if tensor.requires_grad]
         self.outputs: list[Tensor] = []
         self._output: Any = None
         self._gradients: list[Tensor | None] = []
@@ -89,7 +89,7 @@ class Pass:
 
     def forward(self) -> None:
         self._output = self._run(self._given)
-        self.outputs = [leaf for leaf in tree_leaves(self._output) if isinstance(leaf, Tensor)]
+        self.outputs = tensors_of(self._output)
 
     def make_gradients(self) -> None:
         """What comes back for the outputs; it is there before the backward."""
@@ -104,6 +104,10 @@ class Pass:
     def backward_weight(self) -> None:
         stage_backward_weight((), self._groups)
         self._groups = []
+
+    @property
+    def trained_outputs(self) -> list[Tensor]:
+        return [output for output in self.outputs if output.requires_grad]
 
     @property
     def gradients(self) -> list[Tensor]:

@@ -7,7 +7,7 @@ layers one more, with all that it does after them and the loss.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -120,44 +120,40 @@ def _net(times: Sequence[float], calls: Sequence[float]) -> dict[str, Any]:
 _TIMES = ("forward", "backward", "backward_input", "backward_weight")
 
 
-def _timed(row: UnitRow, sample: Sample, split: bool) -> Iterator[tuple[int, str, float]]:
+Timed = list[tuple[int, str, float]]
+"""Units by their number, or by that after the last all of them; what they did, and the seconds that it took."""
+
+
+def _timed(row: UnitRow, sample: Sample, split: bool) -> Timed:
     """All units' forwards, then their backwards, whole or split, each on what the others left in the caches."""
     passes: list[Pass] = []
-    found: list[tuple[int, str, float]] = []
-
-    def clock(index: int, name: str, work: Callable[[], None]) -> None:
-        begin = moment(row.devices)
-        work()
-        found.append((index, name, moment(row.devices) - begin))
+    found: Timed = []
 
     def forward(index: int, given: Sample) -> Any:
         passes.append(Pass(partial(row.run, index), given))
-        clock(index, "forward", passes[-1].forward)
+        found.append((index, "forward", _seconds(row, passes[-1].forward)))
         passes[-1].make_gradients()
         return passes[-1].passed_on()
 
     row.chain(sample, forward)
-    backwards = list(enumerate(passes))[::-1]
-    if split:
-        for index, one in backwards:
-            clock(index, "backward_input", one.backward_input)
-        for index, one in backwards:
-            clock(index, "backward_weight", one.backward_weight)
-    else:
-        for index, one in backwards:
-            clock(index, "backward", one.backward)
-    yield from found
+    for name in ("backward_input", "backward_weight") if split else ("backward",):
+        for index, one in reversed(list(enumerate(passes))):
+            found.append((index, name, _seconds(row, getattr(one, name))))
+    return found
 
 
-def _timed_whole(row: UnitRow, sample: Sample) -> Iterator[tuple[int, str, float]]:
+def _timed_whole(row: UnitRow, sample: Sample) -> Timed:
     """A forward and a backward of all units as one."""
     one = Pass(row.run_all, sample)
-    for name, work in (("forward", one.forward), ("backward", one.backward)):
-        begin = moment(row.devices)
-        work()
-        yield len(row), name, moment(row.devices) - begin
-        if name == "forward":
-            one.make_gradients()
+    forward = _seconds(row, one.forward)
+    one.make_gradients()
+    return [(len(row), "forward", forward), (len(row), "backward", _seconds(row, one.backward))]
+
+
+def _seconds(row: UnitRow, work: Callable[[], None]) -> float:
+    begin = moment(row.devices)
+    work()
+    return moment(row.devices) - begin
 
 
 def _counted(row: UnitRow, index: int, given: Sample, device: DeviceSpeed | None) -> tuple[Unit, Any]:
@@ -173,7 +169,7 @@ def _counted(row: UnitRow, index: int, given: Sample, device: DeviceSpeed | None
 
     whole = Pass(partial(row.run, index), given)
     forward_most, forward = most_of(whole.forward)
-    kept = tally.live - tally.size_of(tally.memory_of(output for output in whole.outputs if output.requires_grad))
+    kept = tally.live - tally.size_of(tally.memory_of(whole.trained_outputs))
     whole.make_gradients()
     backward_most, backward = most_of(whole.backward)
     del whole
@@ -182,10 +178,11 @@ def _counted(row: UnitRow, index: int, given: Sample, device: DeviceSpeed | None
         halves = Pass(partial(row.run, index), given, copied=True)
         halves.forward()
         halves.make_gradients()
-    output, sizes = halves.passed_on(), [(_bytes(each), each.requires_grad) for each in halves.outputs]
+    passed_on = halves.passed_on()
+    output, gradient = (sum(each.nbytes for each in them) for them in (halves.outputs, halves.trained_outputs))
     needs_input_gradient = bool(halves.trained_inputs)
     came = tally.memory_of(halves.trained_inputs)
-    made = tally.memory_of(output for output in halves.outputs if output.requires_grad) - came
+    made = tally.memory_of(halves.trained_outputs) - came
     came_back = tally.memory_of(halves.gradients)
     input_most, backward_input = most_of(halves.backward_input)
     halves.let_go()
@@ -204,8 +201,8 @@ def _counted(row: UnitRow, index: int, given: Sample, device: DeviceSpeed | None
         keeps_input_for_weight=kept_of_others[0] > 0,
         keeps_output_for_weight=kept_of_others[1] > 0,
         keeps_gradient_for_weight=kept_of_others[2] > 0,
-        output=sum(size for size, _ in sizes),
-        gradient=sum(size for size, trained in sizes if trained),
+        output=output,
+        gradient=gradient,
         needs_input_gradient=needs_input_gradient,
         forward_most=forward_most,
         backward_most=backward_most,
@@ -213,7 +210,7 @@ def _counted(row: UnitRow, index: int, given: Sample, device: DeviceSpeed | None
         weight_most=weight_most,
         parameters=row.parameters(index),
     )
-    return unit, output
+    return unit, passed_on
 
 
 def _what_is_saved(row: UnitRow, index: int, given: Sample) -> tuple[bool, bool]:
@@ -229,12 +226,8 @@ def _what_is_saved(row: UnitRow, index: int, given: Sample) -> tuple[bool, bool]
         one.forward()
     found = [
         any(tensor.untyped_storage()._cdata in saved for tensor in tensors)
-        for tensors in (one.trained_inputs, [output for output in one.outputs if output.requires_grad])
+        for tensors in (one.trained_inputs, one.trained_outputs)
     ]
     one.make_gradients()
     one.backward()
     return found[0], found[1]
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -20,6 +20,7 @@ from pp_runtime.running.gradients import (
     find_parameter,
     scale_gradients,
     ties_of,
+    unwrapped_name,
 )
 from pp_runtime.running.meter import Signature, loads_of
 from pp_runtime.running.metrics import PipelineMetrics, StepMetrics, Work
@@ -124,4 +125,5 @@ __all__ = [
     "stage_backward_weight",
     "sum_reducer",
     "ties_of",
+    "unwrapped_name",
 ]

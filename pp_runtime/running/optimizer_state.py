@@ -66,7 +66,7 @@ def load_optimizer_state(optimizer: Optimizer, names: Names, state: Mapping[str,
         raise PipelineUsageError(
             f"the state is that of {written_by}, and the optimizer is {_class_of(optimizer)}: make one of that class"
         )
-    given = _by_name(state, {names[parameter] for group in optimizer.param_groups for parameter in group["params"]})
+    given = _by_name(state, {names[parameter] for parameter in _parameters(optimizer)})
     groups, states = [], {}
     for group in optimizer.param_groups:
         options = _options_given([names[parameter] for parameter in group["params"]], group, given)
@@ -160,7 +160,7 @@ def _first_state(optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.P
     double = object.__new__(type(optimizer))
     own = {name: value for name, value in vars(optimizer).items() if name != "step"}  # a scheduler's
     hooks: dict[str, Any] = {name: OrderedDict() for name in own if name.endswith("_hooks")}
-    options = {name: copy.deepcopy(value) for name, value in group.items() if name not in _NO_OPTIONS}
+    options = copy.deepcopy(_options(group))
     vars(double).update(own | hooks | {"state": defaultdict(dict), "param_groups": [{**options, "params": [stand_in]}]})
     try:
         double.step()

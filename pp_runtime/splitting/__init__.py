@@ -12,7 +12,7 @@ from pp_runtime.splitting.model_costs import model_costs
 from pp_runtime.splitting.partition import Partition, partition
 from pp_runtime.splitting.placement import stages_of_rank
 from pp_runtime.splitting.rehearsal import find_layers
-from pp_runtime.splitting.skeleton import AnswersForValues, lacks_values, on_meta
+from pp_runtime.splitting.skeleton import AnswersForValues, lacks_values, on_meta, tensors_of
 from pp_runtime.splitting.torch_package import torch_pipelining
 from pp_runtime.splitting.tracing import annotate_split_points, pipeline
 from pp_runtime.splitting.unchanged import unchanged
@@ -43,6 +43,7 @@ __all__ = [
     "pipe_split",
     "pipeline",
     "stages_of_rank",
+    "tensors_of",
     "torch_pipelining",
     "unchanged",
     "without_weights",

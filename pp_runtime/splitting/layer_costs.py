@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from pp_runtime.errors import PipelineUsageError
 from pp_runtime.splitting.rehearsal import first_of
+from pp_runtime.splitting.skeleton import tensors_of
 from pp_runtime.splitting.unchanged import unchanged
 
 
@@ -61,7 +63,7 @@ def _flops(layer: nn.Module, inputs: Sequence[Any], _: int) -> tuple[float, Any]
 
 
 def _time(layer: nn.Module, inputs: Sequence[Any], repeats: int) -> tuple[float, Any]:
-    devices = {part.device for part in tree_leaves(inputs) if isinstance(part, Tensor)}
+    devices = {part.device for part in tensors_of(inputs)}
     found = []
     for _ in range(repeats + 1):  # the first warms up
         begin = moment(devices)
@@ -72,20 +74,30 @@ def _time(layer: nn.Module, inputs: Sequence[Any], repeats: int) -> tuple[float,
 
 
 def _memory(layer: nn.Module, inputs: Sequence[Any], _: int) -> tuple[float, Any]:
-    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
-    kept: dict[int, int] = {}
+    with noted_saves(layer) as kept:
+        output = _run(layer, inputs)
+    return float(weights_and_gradients(layer.parameters()) + sum(each.nbytes() for each in kept.values())), output
+
+
+@contextlib.contextmanager
+def noted_saves(module: nn.Module) -> Iterator[dict[int, torch.UntypedStorage]]:
+    """The memory that graphs made within save, the module's parameters left out."""
+    own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that none has another one's address
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        if storage._cdata not in own:
+            kept.setdefault(storage._cdata, storage)
+        return tensor.detach()  # the tensor itself would hold the node that holds it
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = _run(layer, inputs)
-    parameters = sum(parameter.numel() * parameter.element_size() for parameter in layer.parameters())
-    trained = sum(p.numel() * p.element_size() for p in layer.parameters() if p.requires_grad)
-    return float(parameters + trained + sum(kept.values())), output
+        yield kept
+
+
+def weights_and_gradients(parameters: Iterable[nn.Parameter]) -> int:
+    """Their bytes, with those of the gradients of what is trained."""
+    return sum(parameter.nbytes * (1 + parameter.requires_grad) for parameter in parameters)
 
 
 def moment(devices: Iterable[torch.device]) -> float:
@@ -105,7 +117,7 @@ def _as_received(tensor: Tensor) -> Tensor:
 
 
 def _backward(output: Any) -> None:
-    roots = [part for part in tree_leaves(output) if isinstance(part, Tensor) and part.requires_grad]
+    roots = [part for part in tensors_of(output) if part.requires_grad]
     if roots:
         torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
 

@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pp_runtime.errors import PipelineUsageError
-from pp_runtime.splitting.layer_costs import moment
+from pp_runtime.splitting.layer_costs import moment, noted_saves, weights_and_gradients
 from pp_runtime.splitting.rehearsal import find_layers, rehearse
 from pp_runtime.splitting.skeleton import lacks_values, run_on_stand_ins
 from pp_runtime.splitting.unchanged import unchanged
@@ -75,25 +75,13 @@ def _flops(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], lay
 
 def _memory(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], layers: str | None) -> list[float]:
     kept = run_on_stand_ins(partial(_kept, layers=layers), model, args, kwargs)
-    weights = [
-        sum(each.numel() * each.itemsize * (1 + each.requires_grad) for each in held)
-        for held in _held(model, args, kwargs, layers)
-    ]
+    weights = map(weights_and_gradients, _held(model, args, kwargs, layers))
     return [float(sum(both)) for both in zip(kept, weights, strict=True)]
 
 
 def _kept(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], layers: str | None) -> list[float]:
     """The bytes that each part of a forward is the first to keep."""
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that none has another one's address
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept.setdefault(storage._cdata, storage)
-        return tensor.detach()  # the tensor itself would hold the node that holds it
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.enable_grad(), noted_saves(model) as kept:
         return _between(lambda: sum(each.nbytes() for each in kept.values()), model, args, kwargs, layers)
 
 

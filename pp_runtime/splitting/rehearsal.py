@@ -1,7 +1,8 @@
 """One run of a whole model that is watched: how values go from layer to layer, and what happens to them after the last.
 
 A model whose layers stand in a row is cut between calls of modules, without a tracer, where what the run shows is what
-the stages will do: each layer's output is the next one's input, and all that follows the last one happens in modules.
+the stages will do: each layer's output is the next one's input, and what follows the last one means the same for any
+batch (:mod:`.tail`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from pp_runtime.errors import PipelineUsageError
-from pp_runtime.splitting.skeleton import lacks_values, run_on_stand_ins
+from pp_runtime.splitting.skeleton import lacks_values, run_on_stand_ins, tensors_of
 from pp_runtime.splitting.tail import Step, Tail, Value, can_be_repeated, numbers_of
 from pp_runtime.splitting.unchanged import unchanged
 
@@ -99,8 +100,8 @@ def rehearse(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], l
     """Run the model once, and once in the other of training and evaluation; learn how to cut it between its layers.
 
     A model with parameters on the meta device is run on stand-ins for all that it has and is given. Raises
-    PipelineUsageError, which says what it saw, for a model whose layers do not follow one another, or that computes
-    something outside of modules after the last.
+    PipelineUsageError, which says what it saw, for a model whose layers do not follow one another, or of which stages
+    would do something otherwise.
     """
     watch = partial(_rehearse, layers=layers)
     return run_on_stand_ins(watch, model, args, kwargs) if lacks_values(model) else watch(model, args, kwargs)
@@ -158,7 +159,7 @@ def _beside_hidden(container: str, watched: _Watched) -> tuple[Any, ...] | None:
     found = set()
     for number, output in enumerate(watched.outputs):
         others = tuple(output[1:]) if isinstance(output, (tuple, list)) else None
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(others)):
+        if tensors_of(others):
             raise PipelineUsageError(
                 f"layer {number} of {container} returns tensors beside the hidden state, which other stages are not "
                 "sent: turn off what makes them, or split the model with pipeline()"
@@ -180,24 +181,18 @@ def given_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Given:
 
 
 def _described(value: Any) -> str:
-    return repr(tree_map(lambda leaf: _A_TENSOR if isinstance(leaf, Tensor) else _Shown(leaf), value))
+    return repr(tree_map(_Shown, value))
 
 
 class _Shown:
+    """In a nest that is printed."""
+
     def __init__(self, value: Any) -> None:
-        plain = isinstance(value, SENT)
-        self._text = repr(value) if plain else f"a {type(value).__name__}"
+        kind = "tensor" if isinstance(value, Tensor) else type(value).__name__
+        self._text = f"a {kind}" if isinstance(value, Tensor) or not isinstance(value, SENT) else repr(value)
 
     def __repr__(self) -> str:
         return self._text
-
-
-class _Tensor:
-    def __repr__(self) -> str:
-        return "a tensor"
-
-
-_A_TENSOR = _Tensor()
 
 
 def describe_given(given: Given) -> str:
@@ -293,12 +288,12 @@ class _Watching(TorchFunctionMode):
 
     def _follow(self, given: Any, output: Any, *, made_by_layer: bool = False) -> None:
         """Know what comes of a layer's output before the next ones."""
-        if not self._over and (made_by_layer or any(id(leaf) in self._outputs for leaf in _tensors(given))):
-            self._outputs.update({id(tensor): tensor for tensor in _tensors(output)})
+        if not self._over and (made_by_layer or any(id(leaf) in self._outputs for leaf in tensors_of(given))):
+            self._outputs.update({id(tensor): tensor for tensor in tensors_of(output)})
 
     def _check_given(self, name: str, given: Any) -> None:
         before = first_of(self.watched.outputs[-1]) if self.watched.outputs else None
-        for leaf in _tensors(given):
+        for leaf in tensors_of(given):
             if id(leaf) in self._outputs and not _same(leaf, before):
                 raise PipelineUsageError(
                     f"the model computes something between its layers, or hands on what earlier ones returned: {name} "
@@ -308,7 +303,7 @@ class _Watching(TorchFunctionMode):
     def _note(self, nest: Any) -> None:
         # What modules themselves change they change again on their stage.
         known = [tensor for tensor, _ in self._seen.values()]
-        self._seen = {id(tensor): (tensor, tensor._version) for tensor in (*known, *_tensors(nest))}
+        self._seen = {id(tensor): (tensor, tensor._version) for tensor in (*known, *tensors_of(nest))}
 
     def __torch_function__(
         self,
@@ -335,10 +330,6 @@ class _Watching(TorchFunctionMode):
 _LOOKS_AT_VALUES = frozenset(
     ("__bool__", "__int__", "__float__", "__index__", "__contains__", "item", "tolist", "numpy", "equal", "allclose")
 )
-
-
-def _tensors(nest: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(nest) if isinstance(leaf, Tensor)]
 
 
 @dataclass(frozen=True, slots=True)

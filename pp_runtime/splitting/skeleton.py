@@ -14,13 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pp_runtime.errors import PipelineUsageError
 
 Replace = Callable[[Tensor], Tensor]
 Run = Callable[[nn.Module, Sequence[Any], Mapping[str, Any]], Any]
 """Of a model and its inputs."""
+
+
+def tensors_of(nest: Any) -> list[Tensor]:
+    """The tensors in a nest of tuples, lists and dicts."""
+    return [leaf for leaf in tree_leaves(nest) if isinstance(leaf, Tensor)]
 
 
 def skeleton(module: nn.Module, replace: Replace | None = None) -> nn.Module:

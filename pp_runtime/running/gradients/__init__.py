@@ -6,7 +6,14 @@ from pp_runtime.running.gradients.actions import data_parallel_handlers
 from pp_runtime.running.gradients.clipping import clip_grad_norm_
 from pp_runtime.running.gradients.grad_scaler import PipelineGradScaler
 from pp_runtime.running.gradients.step_gradients import StepGradients, scale_gradients
-from pp_runtime.running.gradients.tied import TiedGradients, claims_of, find_parameter, read_claims, ties_of
+from pp_runtime.running.gradients.tied import (
+    TiedGradients,
+    claims_of,
+    find_parameter,
+    read_claims,
+    ties_of,
+    unwrapped_name,
+)
 
 __all__ = [
     "PipelineGradScaler",
@@ -19,4 +26,5 @@ __all__ = [
     "read_claims",
     "scale_gradients",
     "ties_of",
+    "unwrapped_name",
 ]

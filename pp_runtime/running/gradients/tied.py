@@ -16,14 +16,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pp_runtime.errors import PipelineUsageError
 from pp_runtime.running.held_stage import HeldStage
 from pp_runtime.running.values import dtensor_like, is_dtensor, local_part
 
-# What wrappers put into the names of the parameters that they wrap.
-_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# What wrappers put into the names of the parameters that they wrap; a module of a model may be called "module", too.
+_OF_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _TOLERANCE = 1e-6
 
 
@@ -62,7 +64,7 @@ def ties_of(stage: HeldStage) -> dict[str, list[str]]:
     return labels
 
 
-def find_parameter(stage: HeldStage, name: str) -> torch.nn.Parameter:
+def find_parameter(stage: HeldStage, name: str) -> nn.Parameter:
     """The parameter of a stage's module with this name, whatever wraps the module by now."""
     wanted = _bare(name)
     for found, parameter in stage.submod.named_parameters(remove_duplicate=False):
@@ -126,7 +128,7 @@ class TiedGradients:
             self._mark(label, claims, found)
             self._reduce(list({id(each): each for each in found}.values()), self._groups.get(self._ranks_of[label]))
 
-    def _mark(self, label: str, claims: Sequence[TieClaim], found: Sequence[torch.nn.Parameter]) -> None:
+    def _mark(self, label: str, claims: Sequence[TieClaim], found: Sequence[nn.Parameter]) -> None:
         # Each step anew: a program may have wrapped its module, and so replaced the parameter.
         owner = self._owners[label]
         first = next((p for claim, p in zip(claims, found, strict=True) if claim.stage == owner), None)
@@ -135,7 +137,7 @@ class TiedGradients:
                 _later_copies[parameter] = True
 
     @torch.no_grad()
-    def _reduce(self, parameters: list[torch.nn.Parameter], group: dist.ProcessGroup | None) -> None:
+    def _reduce(self, parameters: list[nn.Parameter], group: dist.ProcessGroup | None) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
         if group is None and len(parameters) == 1:
             return
@@ -188,7 +190,18 @@ def _close(values: Sequence[float], others: Sequence[float]) -> bool:
 
 
 def _bare(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in name.split(".") if part not in _OF_WRAPPERS and part != "module")
+
+
+def unwrapped_name(module: nn.Module, name: str) -> str:
+    """The name of a parameter or buffer in what is inside of the wrappers of a module."""
+    kept = []
+    inside: Any = module
+    for part in name.split("."):
+        if part not in _OF_WRAPPERS and not (part == "module" and isinstance(inside, DistributedDataParallel)):
+            kept.append(part)
+        inside = getattr(inside, part, None)
+    return ".".join(kept)
 
 
 def claims_of(stages: Iterable[HeldStage]) -> list[TieClaim]:
