@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from pp_runtime.advising import add_advise_arguments, print_advice
 from pp_runtime.orders import (
     ORDERS,
     SCHEDULE_NAMES,
@@ -29,7 +29,7 @@ from pp_runtime.orders import (
     schedule_name,
     to_torch_form,
 )
-from pp_runtime.pictures import draw, read_more, text_picture, write_chrome, write_html, write_report
+from pp_runtime.pictures import RUN_VERSION, draw, read_trace, text_picture, write_chrome, write_html, write_report
 from pp_runtime.planning import (
     Plan,
     Wiring,
@@ -42,7 +42,6 @@ from pp_runtime.planning import (
     verify,
     verify_communication,
 )
-from pp_runtime.recording import VERSION as RUN_VERSION
 from pp_runtime.running import loads_of
 from pp_runtime.timing import Costs, Simulation, Timeline, as_planned, has_communication, read_costs, simulate
 
@@ -93,9 +92,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _memory(options: argparse.Namespace) -> None:
-    dtype = getattr(torch, options.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"'{options.dtype}' is not a dtype of torch; one is bfloat16.")
+    dtype = _dtype(options.dtype)
     order, title = _named_order(options)
     placement = placement_of(order)
     wiring = Wiring(adjacent_edges(len(placement)), {})
@@ -103,6 +100,19 @@ def _memory(options: argparse.Namespace) -> None:
     tensors = [torch.empty(shape, dtype=dtype, device="meta") for shape in options.shape]
     print(title)
     print(plan_memory(plan, loads_of(tensors, wiring.edges), torch_keeps_sent=not title.startswith("1F1B")))
+
+
+def _advise(options: argparse.Namespace) -> None:
+    from pp_runtime.advising import print_advice  # which takes a while, and other commands do not need
+
+    print_advice(options, _dtype(options.dtype))
+
+
+def _dtype(text: str) -> torch.dtype:
+    found = getattr(torch, text, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"'{text}' is not a dtype of torch; one is bfloat16.")
+    return found
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -138,7 +148,8 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    run, measured = read_more(options.file), Timeline.from_chrome(options.file)
+    spans, run = read_trace(options.file)
+    measured = Timeline(spans.spans)
     if run is None:
         run = {"title": options.file.name}
     elif run.get("version") != RUN_VERSION:
@@ -230,6 +241,20 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _amount(text: str) -> int:
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([kmgt]i?|)b?", text, re.IGNORECASE)
+    try:
+        value = float(found[1]) * _UNITS[found[2].upper()] if found else 0.0
+    except ValueError:
+        value = 0.0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not an amount: write it as 80GiB, 400T or 4e14")
+    return int(value)
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
 def _schedule_name(text: str) -> str:
     """The name as the catalogue has it, whatever its case and with or without "Schedule" before it."""
     name = schedule_name(text.lower().removeprefix("schedule"))
@@ -266,8 +291,7 @@ def _parser() -> argparse.ArgumentParser:
         "--shape", type=_shape, nargs="+", required=True, help="of each tensor that one microbatch sends: 4,512,1024"
     )
     remembering.add_argument("--dtype", default="float32", help="of those tensors (float32)")
-    advising = _command(commands, "advise", print_advice, "say which schedule to take for a model, and what fits")
-    add_advise_arguments(advising, _count)
+    _add_decoder(_command(commands, "advise", _advise, "say which schedule to take for a model, and what fits"))
     checking = _command(commands, "verify", _verify, "check the order in a CSV file")
     _add_file(checking)
     playing = _command(commands, "simulate", _simulate, "check, simulate and draw the order in a CSV file")
@@ -306,6 +330,40 @@ def _add_costs(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--costs",
         help="F=1,I=1,W=1,B=2,transfer=0.1, one a stage as W=1/2/1; or a JSON file of these or a trace of a run",
+    )
+
+
+def _add_decoder(command: argparse.ArgumentParser) -> None:
+    shape = command.add_argument_group("the model, a decoder as Llama's")
+    shape.add_argument("--layers", type=_count, required=True)
+    shape.add_argument("--hidden", type=_count, required=True)
+    shape.add_argument("--heads", type=_count, help="without it, of size 128")
+    shape.add_argument("--kv-heads", type=_count, help="without it, as many as heads")
+    shape.add_argument("--feed-forward", type=_count, help="without it, 8/3 of hidden, in multiples of 256")
+    shape.add_argument("--vocabulary", type=_count, default=32_000, help="(%(default)s)")
+    shape.add_argument("--tied", action="store_true", help="the head is the embedding")
+    shape.add_argument("--recompute", action="store_true", help="layers keep their input alone, and run again")
+    shape.add_argument("--dtype", default="bfloat16", help="(%(default)s)")
+    batch = command.add_argument_group("a step")
+    batch.add_argument("--batch", type=_count, required=True, help="sequences in it")
+    batch.add_argument("--sequence", type=_count, default=4096, help="tokens in each (%(default)s)")
+    batch.add_argument(
+        "--microbatches", type=_count, nargs="+", default=[], help="numbers to try; without it 1, 2, 4, 8 x ranks"
+    )
+    batch.add_argument("--schedules", nargs="+", default=[], help="to try; without it, all")
+    machine = command.add_argument_group("the machines")
+    machine.add_argument("--ranks", type=_count, required=True)
+    machine.add_argument("--memory", type=_amount, help="that a rank has, as 80GiB")
+    machine.add_argument(
+        "--flops",
+        type=_amount,
+        help="that a rank's device reaches in a second, as 400T; without it, times are relative",
+    )
+    machine.add_argument("--memory-bandwidth", type=_amount, help="bytes a second that the device reaches, as 2.5T")
+    machine.add_argument("--link", type=_amount, help="bytes a second between ranks, as 40G")
+    machine.add_argument("--latency", type=float, default=0.0, help="seconds that a message takes beside its bytes")
+    machine.add_argument(
+        "--optimizer", type=float, default=2.0, help="its state, in sizes of the parameters; Adam's is 2 (%(default)s)"
     )
 
 

@@ -17,13 +17,10 @@ import torch.distributed as dist
 from pp_runtime._version import __version__
 from pp_runtime.building import BuiltPipeline
 from pp_runtime.errors import PipelineUsageError
-from pp_runtime.pictures import write_chrome
+from pp_runtime.pictures import RUN_VERSION, write_chrome
 from pp_runtime.running import PipelineMetrics, StepMetrics
 from pp_runtime.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 from pp_runtime.timing import Timeline
-
-VERSION = 1
-"""Of what the file holds beside the timeline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +111,7 @@ class RunRecord:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         run = {
-            "version": VERSION,
+            "version": RUN_VERSION,
             "title": self._title or f"{self._name} on {len(shares)} ranks",
             "facts": self._facts(shares),
             "columns": _columns([[share.rows[key] for share in shares] for key in common], common),

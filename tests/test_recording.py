@@ -14,7 +14,7 @@ from torch import nn
 from pp_runtime import RunRecord, build_pipeline
 from pp_runtime.__main__ import main
 from pp_runtime.errors import PipelineModeError, PipelineUsageError
-from pp_runtime.pictures import read_more
+from pp_runtime.pictures import read_trace
 from pp_runtime.timing import Timeline
 from tests.helpers import api, ranks
 
@@ -59,7 +59,7 @@ def _record(rank: int, path: str) -> dict[str, Any]:
 def test_everything_is_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "new" / "run.json"
     last = ranks.run(_record, path=str(path))
-    run = read_more(path)
+    run = read_trace(path)[1]
     assert run is not None
     assert (run["version"], run["title"], run["timeline_step"]) == (1, "a run", 20)
     assert run["facts"] | {"torch": 0, "saved": 0, "pp_runtime": 0} == {
@@ -97,7 +97,7 @@ def _without_timeline(rank: int, path: str) -> None:
 def test_a_timeline_that_not_all_ranks_have_is_left_out(tmp_path: Path) -> None:
     path, page = tmp_path / "run.json", tmp_path / "page.html"
     ranks.run(_without_timeline, path=str(path))
-    run = read_more(path)
+    run = read_trace(path)[1]
     assert run is not None and run["timeline_step"] is None and run["title"] == "1F1B on 2 ranks"
     assert run["columns"]["step"] == [0]
     assert main(["report", str(path), str(page)]) == 0
@@ -151,7 +151,7 @@ def test_a_long_run_is_thinned_evenly(tmp_path: Path) -> None:
     kept, _ = ranks.run(_many, path=str(path))
     assert 4 <= len(kept) <= 8 and kept[0] == 1
     assert len({after - before for before, after in zip(kept, kept[1:], strict=False)}) == 1
-    run = read_more(path)
+    run = read_trace(path)[1]
     assert run is not None and run["columns"]["place"] == kept
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pp_runtime.advising.advice import Advice, Choice, RankBytes
 from pp_runtime.advising.advise import advise
-from pp_runtime.advising.command import add_advise_arguments, print_advice
+from pp_runtime.advising.command import print_advice
 from pp_runtime.advising.stage_costs import LinkSpeed
 from pp_runtime.advising.tally import DeviceSpeed
 
@@ -14,7 +14,6 @@ __all__ = [
     "DeviceSpeed",
     "LinkSpeed",
     "RankBytes",
-    "add_advise_arguments",
     "advise",
     "print_advice",
 ]

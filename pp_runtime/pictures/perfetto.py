@@ -20,7 +20,7 @@ def write_chrome(
     """Write named timelines beside each other: one process a timeline, one thread a rank.
 
     ``microseconds`` is how many microseconds one unit of the spans becomes: 1e6 for seconds. ``more`` is what else the
-    file holds, which :func:`read_more` gives back.
+    file holds, which :func:`read_trace` gives back.
     """
     with open(path, "w", encoding="utf-8") as file:
         file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
@@ -35,7 +35,17 @@ def write_chrome(
 
 def read_chrome(path: str | Path) -> Spans:
     """The first timeline of a file that :func:`write_chrome` wrote; ValueError for other files."""
+    return read_trace(path)[0]
+
+
+def read_trace(path: str | Path) -> tuple[Spans, dict[str, Any] | None]:
+    """The same, and what was written beside timelines; None where that was nothing."""
     content = _content_of(path)
+    more = content["otherData"].get(_MORE)
+    return _first_timeline(path, content), more if isinstance(more, dict) else None
+
+
+def _first_timeline(path: str | Path, content: dict[str, Any]) -> Spans:
     try:
         scale = float(content["otherData"].get("microseconds_a_unit", 1e6))
         events = [event for event in content["traceEvents"] if event.get("ph") == "X" and event.get("pid") == 0]
@@ -53,12 +63,6 @@ def read_chrome(path: str | Path) -> Spans:
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise _not_ours(path, error) from None
-
-
-def read_more(path: str | Path) -> dict[str, Any] | None:
-    """What :func:`write_chrome` wrote beside timelines; None where that was nothing, ValueError for other files."""
-    more = _content_of(path)["otherData"].get(_MORE)
-    return more if isinstance(more, dict) else None
 
 
 _MORE = "pp_runtime"

@@ -12,7 +12,10 @@ from pp_runtime.pictures.charts import CHART_STYLE, line_chart, share_chart
 from pp_runtime.pictures.html_page import page_of
 from pp_runtime.pictures.palette import LOOKS
 from pp_runtime.pictures.spans import Spans
-from pp_runtime.pictures.timeline_view import PAGE_STYLE, VIEW_STYLE, view_of
+from pp_runtime.pictures.timeline_view import PAGE_STYLE, VIEW_STYLE, legend_of, view_of
+
+RUN_VERSION = 1
+"""Of what a run's file holds beside the timeline."""
 
 
 def write_report(path: str | Path, run: Mapping[str, Any], timelines: Mapping[str, Spans]) -> None:
@@ -87,10 +90,8 @@ def _shares(ranks: Sequence[Mapping[str, Any]]) -> str:
         "waiting": ("var(--waiting)", waiting),
         "messages and bookkeeping": (LOOKS["SEND_F"].shade(), other),
     }
-    legend = "".join(
-        f'<span><i style="background:{colour}"></i>{html.escape(words)}</span>' for words, (colour, _) in parts.items()
-    )
-    return f'<div>{share_chart("share of a step, by rank", parts)}<div class="legend">{legend}</div></div>'
+    legend = legend_of({words: colour for words, (colour, _) in parts.items()})
+    return f"<div>{share_chart('share of a step, by rank', parts)}{legend}</div>"
 
 
 def _table(memory: Mapping[str, Any]) -> str:

@@ -60,18 +60,28 @@ def _colour(colour: str) -> str:
 
 
 def _legend(layout: Layout) -> str:
-    items = []
+    items = {}
     for words, colours in layout.legend().items():
         first, last = (
             f"var({name})" if name.startswith("--") else name for name in map(_colour, (colours[0], colours[-1]))
         )
-        items.append(
-            f'<span><i style="background:linear-gradient(90deg,{first},{last})"></i>{html.escape(words)}</span>'
+        items[words] = f"linear-gradient(90deg,{first},{last})"
+    return legend_of(items)
+
+
+def legend_of(backgrounds: Mapping[str, str]) -> str:
+    """Words, each beside a patch with this background."""
+    return (
+        '<div class="legend">'
+        + "".join(
+            f'<span><i style="background:{background}"></i>{html.escape(words)}</span>'
+            for words, background in backgrounds.items()
         )
-    return "".join(items)
+        + "</div>"
+    )
 
 
-_VIEW = """<div class="legend">@LEGEND@</div>
+_VIEW = """@LEGEND@
 <p class="hint"><button id="in" title="zoom in">+</button><button id="out" title="zoom out">&minus;</button>
 <button id="all">all</button> Ctrl and the wheel zoom, dragging moves, a double click shows all; so do the keys +, -,
 arrows and 0. Point at an action to read its times.</p>
