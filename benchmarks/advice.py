@@ -29,31 +29,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from compiled import Block
+from language_model import LanguageModel, token_loss
 from pp_runtime import BuiltPipeline, advise, build_pipeline
 from pp_runtime.advising import Choice
 from pp_runtime.advising.tally import Tally
 from step_time import RANKS, join
 
 SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV", "ZB1P", "VMin")
-
-
-class Model(nn.Module):
-    def __init__(self, flags: argparse.Namespace) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(flags.vocabulary, flags.width)
-        self.layers = nn.ModuleList(Block(flags.width, flags.heads) for _ in range(flags.blocks))
-        self.head = nn.Linear(flags.width, flags.vocabulary)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(x)
-
-
-def token_loss(logits: Tensor, target: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits.flatten(0, -2), target.flatten())
 
 
 def step(pipeline: BuiltPipeline, tokens: Tensor) -> None:
@@ -117,7 +99,7 @@ def work(rank: int, flags: argparse.Namespace, store: str) -> None:
     join(rank, store)
     torch.manual_seed(0)
     show = partial(print, flush=True) if rank == 0 else lambda *_: None
-    model = Model(flags)
+    model = LanguageModel(flags.blocks, flags.width, flags.heads, flags.vocabulary)
     tokens = torch.randint(flags.vocabulary, (flags.rows, flags.length))
     show(
         f"{flags.blocks} blocks of width {flags.width}, vocabulary {flags.vocabulary}, {flags.rows} rows of "

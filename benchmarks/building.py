@@ -31,34 +31,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from compiled import Block
+from language_model import LanguageModel
 from memory import forget_peak, peak_bytes
 from pp_runtime import PipelineStage, layer_stages, partition, without_weights
 
 INDEX = "model.safetensors.index.json"
 
 
-class Model(nn.Module):
-    """Tokens in, logits out."""
-
-    def __init__(self, flags: argparse.Namespace) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(flags.vocabulary, flags.width)
-        self.blocks = nn.ModuleList(Block(flags.width, 8) for _ in range(flags.blocks))
-        self.head = nn.Linear(flags.width, flags.vocabulary, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
+def make_model(flags: argparse.Namespace) -> LanguageModel:
+    return LanguageModel(flags.blocks, flags.width, 8, flags.vocabulary, bias=False)
 
 
 def write(flags: argparse.Namespace, folder: Path) -> int:
     """The model's checkpoint, a file for each child and each block; its bytes."""
     torch.manual_seed(0)
     files: dict[str, dict[str, Tensor]] = {}
-    for name, value in Model(flags).state_dict().items():
+    for name, value in make_model(flags).state_dict().items():
         parts = name.split(".")
         files.setdefault(f"{'-'.join(parts[: 2 if parts[0] == 'blocks' else 1])}.safetensors", {})[name] = value
     for file, held in files.items():
@@ -70,7 +58,7 @@ def write(flags: argparse.Namespace, folder: Path) -> int:
 
 def whole_first(flags: argparse.Namespace, folder: Path) -> PipelineStage:
     """The model with all its weights, then a stage of it."""
-    model = Model(flags)
+    model = make_model(flags)
     for file in folder.glob("*.safetensors"):
         model.load_state_dict(load_file(file), strict=False)
     return stage_of(model, flags)
@@ -79,7 +67,7 @@ def whole_first(flags: argparse.Namespace, folder: Path) -> PipelineStage:
 def own_layers(flags: argparse.Namespace, folder: Path) -> PipelineStage:
     """The model without weights, and those of one stage."""
     with without_weights():
-        model = Model(flags)
+        model = make_model(flags)
     return stage_of(model, flags, weights=folder / INDEX)
 
 

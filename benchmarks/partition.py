@@ -26,6 +26,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from compiled import Block
+from language_model import token_loss
 from pp_runtime import Partition, layer_costs, partition, stages_of_rank
 from step_time import RANKS, Pipeline, join, medians_of
 
@@ -37,10 +38,6 @@ class TokenBatch:
         self.microbatches = flags.microbatches
         shape = (flags.rows * flags.microbatches, flags.length)
         self.x, self.y = (torch.randint(flags.vocabulary, shape) for _ in range(2))
-
-
-def token_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(logits.flatten(0, -2), target.flatten())
 
 
 def cut_by_time(stages: int, flags: argparse.Namespace) -> Partition:
